@@ -1,0 +1,13 @@
+"""The eager backend: each stage runs as the Python that fx writes for it, one ATen call after the other."""
+
+from __future__ import annotations
+
+from graphrewrite.backends import Run
+
+from graphrewrite._compat import boxed
+from graphrewrite.graph.partition import Partition
+
+
+def lower(part: Partition) -> tuple[Run, Run]:
+    """The forward and the backward as callables. Values are freed after their last use."""
+    return boxed(part.forward), boxed(part.backward)

@@ -1,0 +1,216 @@
+"""The only file that imports private torch modules.
+
+Everything here exists with the same meaning in torch 2.11 to 2.13. `tests/test_compat.py` exercises each name, so
+that a new torch release says which one it broke.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+import torch.utils.checkpoint as torch_checkpoint
+from torch._decomp import get_decompositions
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import function as autograd_function
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    SYMPY_INTERP,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+)
+from torch.fx.graph import _BoxedCodeGen
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "GuardOnDataDependentSymNode",
+    "ShapeEnv",
+    "annotate",
+    "below_autograd",
+    "boxed",
+    "compile_guards",
+    "eager_branches",
+    "enable_python_dispatcher",
+    "free_unbacked_symbols",
+    "functorch_wrapped",
+    "make_fx",
+    "patched_checkpoint",
+    "patched_custom_functions",
+    "preserve_annotations",
+    "quiet_export",
+    "recurrent_decompositions",
+    "release_saved",
+    "set_grad_wrapper",
+    "traced_graph",
+]
+
+CustomApply = Callable[..., Any]
+
+
+def set_grad_wrapper() -> Any:
+    """The higher-order operator that export uses for `torch.no_grad()` and `torch.enable_grad()` regions."""
+    return torch.ops.higher_order.wrap_with_set_grad_enabled
+
+
+def recurrent_decompositions() -> dict[Any, Any]:
+    """Decompositions of LSTM and GRU; the fused CPU operators have no derivative that can be traced."""
+    return dict(get_decompositions([torch.ops.aten.lstm.input, torch.ops.aten.gru.input]))
+
+
+def traced_graph() -> torch.fx.Graph | None:
+    """The graph that the innermost `make_fx` is writing, or None outside of one."""
+    mode = get_proxy_mode()
+    tracer = getattr(mode, "tracer", None)
+    return getattr(tracer, "graph", None)
+
+
+def functorch_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor belongs to a `torch.func` transform that is running."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def annotate(values: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Mark every node traced inside with `node.meta["custom"]` entries."""
+    return fx_traceback.annotate(values)
+
+
+def preserve_annotations() -> contextlib.AbstractContextManager[Any]:
+    """Keep `annotate` marks on the nodes that are traced inside."""
+    return fx_traceback.preserve_node_meta()
+
+
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Dispatch straight to the kernels: no autograd bookkeeping, for code that records no gradient anyway."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """A graph module as a function that takes its inputs as one list and empties it, so that they can be freed."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    graph.set_codegen(_BoxedCodeGen())
+    return torch.fx.GraphModule(module, graph).forward
+
+
+def release_saved(ctx: Any) -> None:
+    """Let go of a custom function's saved tensors inside its backward, unless the graph is retained."""
+    ctx.maybe_clear_saved_tensors()
+
+
+@contextlib.contextmanager
+def patched_custom_functions(apply: Callable[..., Any]) -> Iterator[CustomApply]:
+    """Route every `torch.autograd.Function.apply` to `apply(cls, original, args)`.
+
+    `Function.apply` ends in `super().apply`, looked up at call time: patching that base also reaches an `apply`
+    that the user bound to a name before capture (`ste = STE.apply`).
+    """
+    base: Any = autograd_function._SingleLevelFunction
+
+    def original(cls: type, *args: Any) -> Any:
+        return super(base, cls).apply(*args)
+
+    def routed(cls: type, *args: Any) -> Any:
+        return apply(cls, original, args)
+
+    base.apply = classmethod(routed)
+    try:
+        yield original
+    finally:
+        del base.apply
+
+
+@contextlib.contextmanager
+def patched_checkpoint(region: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Run `torch.utils.checkpoint` regions plainly, inside the context that `region()` gives."""
+
+    def plain_generator(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+        with region():
+            yield
+
+    def plain_apply(run_function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        with region():
+            return run_function(*args)
+
+    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+    torch_checkpoint._checkpoint_without_reentrant_generator = plain_generator
+    function: Any = torch_checkpoint.CheckpointFunction
+    function.apply = plain_apply
+    try:
+        yield
+    finally:
+        torch_checkpoint._checkpoint_without_reentrant_generator = generator
+        del function.apply
+
+
+@contextlib.contextmanager
+def eager_branches() -> Iterator[None]:
+    """Let `torch.compiler.is_exporting()` say no, so that models take the branch they take in eager mode."""
+    original = torch.compiler.is_exporting
+    torch.compiler.is_exporting = lambda: False
+    try:
+        yield
+    finally:
+        torch.compiler.is_exporting = original
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Silence torch.export's own logging; what matters of it becomes an error or a guard of ours.
+
+    Text that is written to stderr inside is shown if all goes well: a failing export dumps its graph there.
+    """
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "torch._export.non_strict_utils",
+            "torch.fx.experimental.symbolic_shapes",
+            "torch._subclasses.fake_tensor",
+            "torch.export",
+            "torch._dynamo",
+        )
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()) as written:
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+            yield
+        sys.stderr.write(written.getvalue())
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def compile_guards(
+    shape_env: ShapeEnv, placeholders: Sequence[FakeTensor], names: Sequence[str]
+) -> tuple[str, Callable[[Sequence[torch.Tensor]], bool]]:
+    """The shape guards of a traced graph as readable text and as a fast predicate over its tensor inputs."""
+    code = shape_env.produce_guards_expression(list(placeholders))
+    if not code:
+        return "", lambda _tensors: True
+    # the text is written by torch from symbolic shapes, never by a user or a file
+    predicate = eval(f"lambda L: {code}", dict(SYMPY_INTERP))
+    used = sorted({int(index) for index in re.findall(r"L\['t(\d+)'\]", code)})
+    readable = re.sub(r"L\['t(\d+)'\]", lambda match: names[int(match[1])], code)
+    readable = re.sub(r"\.size\(\)\[(\d+)\]", r".shape[\1]", readable)
+
+    def holds(tensors: Sequence[torch.Tensor]) -> bool:
+        try:
+            return bool(predicate({f"t{i}": tensors[i] for i in used}))
+        except ZeroDivisionError:
+            return False  # a guard about a quotient of sizes, at sizes where there is none
+
+    return readable, holds

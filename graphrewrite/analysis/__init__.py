@@ -1,0 +1,1 @@
+"""Facts about graphs: blocks, live bytes, cost, certificates."""

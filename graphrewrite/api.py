@@ -1,0 +1,97 @@
+"""`compile`: the one entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from graphrewrite.analysis.blocks import Blocks
+from graphrewrite.compiler import Options, Verification
+from graphrewrite.errors import GraphRewriteError, RuleError
+from graphrewrite.pipeline import Pass, build_pass
+from graphrewrite.registry import find
+from graphrewrite.rule import RuleMap, RuleSpec
+from graphrewrite.runtime.module import CompiledModule
+
+
+def default_loss(outputs: Any, targets: Any) -> torch.Tensor:
+    """Cross-entropy with the class dimension last: on a tensor, on `.logits`, or on `["logits"]`.
+
+    Integer targets have the shape of the outputs without the last dimension (-100 is ignored); floating-point
+    targets of the outputs' own shape are class probabilities.
+    """
+    logits = outputs
+    if not isinstance(logits, torch.Tensor):
+        logits = getattr(outputs, "logits", None)
+        if logits is None and isinstance(outputs, Mapping):
+            logits = outputs.get("logits")
+    if not isinstance(logits, torch.Tensor) or not isinstance(targets, torch.Tensor):
+        raise RuleError(
+            f"the default loss cannot read outputs of type {type(outputs).__name__} with targets of type "
+            f"{type(targets).__name__}",
+            remedy="give loss=callable(outputs, targets) to compile",
+        )
+    if logits.dim() > 2:
+        classes = logits.shape[-1]
+        logits = logits.reshape(-1, classes)
+        targets = targets.reshape(-1, classes) if targets.is_floating_point() else targets.reshape(-1)
+    return F.cross_entropy(logits, targets)
+
+
+def compile(
+    model: nn.Module,
+    rule: RuleSpec | Mapping[str, RuleSpec] = "bp",
+    *,
+    example_inputs: Any = None,
+    example_targets: Any = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    blocks: Blocks = "auto",
+    backend: str = "eager",
+    passes: Sequence[Pass | str] = (),
+    dynamic: Any = "auto",
+    verify: Verification = "structure",
+    seed: int = 0,
+) -> CompiledModule:
+    """Compile a model to learn by another rule.
+
+    Args:
+        model: Any exportable module, on any device; it is never modified.
+        rule: A name (`"dfa"`), a text form (`"dfa{shared=true}"`), a `Rule` object, or `{module glob: any of these}`.
+        example_inputs: Positional inputs as a tuple, or what `loss` takes as `x`; None: captured at the first call.
+        example_targets: What `loss` will receive as targets.
+        loss: `loss(outputs, targets) -> scalar`; default: `default_loss`.
+        blocks: `"auto"`, `"layers"`, or a list of module-path globs.
+        backend: `"eager"`.
+        passes: Extra passes; each declares `level`.
+        dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
+        verify: `"off"`, `"structure"`, or `"numeric"` (passes that promise it are held to bitwise equality).
+        seed: Seed of rule state and of the rules' random operators.
+
+    Returns:
+        An `nn.Module` that trains with any `torch.optim` optimizer.
+    """
+    if not isinstance(model, nn.Module):
+        raise GraphRewriteError(f"compile takes an nn.Module, not {type(model).__name__}")
+    if isinstance(model, CompiledModule):
+        raise GraphRewriteError("the model is compiled already", remedy="compile compiled.module")
+    if verify not in ("off", "structure", "numeric"):
+        raise GraphRewriteError(f"verify={verify!r} is unknown", remedy="use 'off', 'structure' or 'numeric'")
+    find("backend", backend)
+    options = Options(
+        rules=RuleMap.of(rule),
+        loss=loss or default_loss,
+        blocks=blocks if isinstance(blocks, str) else tuple(blocks),
+        backend=backend,
+        passes=tuple(build_pass(p) for p in passes),
+        dynamic=dynamic,
+        verify=verify,
+        seed=seed,
+    )
+    compiled = CompiledModule(model, options)
+    if example_inputs is not None:
+        compiled.materialize(example_inputs, example_targets)
+    return compiled

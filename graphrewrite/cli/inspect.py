@@ -1,0 +1,130 @@
+"""`graphrewrite inspect`: print a graph, block by block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from graphrewrite.cli.options import Blocks, Debug, Json, Level, LevelOption, Loss, Rule, Seed, Target, one_rule
+from graphrewrite.cli.show import human_count, print_json, print_lines
+
+if TYPE_CHECKING:
+    from graphrewrite.analysis.cost import Cost
+    from graphrewrite.graph.joint import JointGraph
+    from graphrewrite.graph.text import Line, Names
+
+EXPRESSION_WIDTH = 58
+TYPE_WIDTH = 28
+
+STYLES = {
+    "cotangent": "magenta",
+    "gradient": "green",
+    "accumulate": "blue",
+    "signal": "bold red",
+    "loss": "yellow",
+    "state": "red",
+}
+
+
+def inspect(
+    target: Target,
+    rule: Rule = None,
+    level: LevelOption = Level.operator,
+    blocks: Blocks = "auto",
+    loss: Loss = None,
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Print the graph of a model under a rule: its operators by block, their types, roles and modules."""
+    wanted = one_rule(rule)
+
+    from graphrewrite.analysis.cost import count
+    from graphrewrite.cli.targets import load_target
+    from graphrewrite.report.graph import describe, operator_count, parameter_count
+
+    loaded = load_target(target, blocks=blocks, loss=loss, seed=seed)
+    cost: Cost | None = None
+    if level is Level.forward:
+        graph = loaded.forward_graph(wanted)
+    else:
+        compiled = loaded.compile(wanted)
+        graph = compiled.graph(level.value)
+        cost = count(compiled.graph("aten"))
+    if as_json:
+        print_json(
+            {
+                "target": target,
+                "operators": operator_count(graph),
+                "parameters": parameter_count(graph),
+                "flops": cost.by_role if cost else None,
+                **describe(graph),
+            }
+        )
+        return
+    summary = f"{operator_count(graph)} operators, {human_count(parameter_count(graph))} parameters in "
+    summary += f"{len(graph.blocks)} blocks"
+    if cost:
+        by_role = ", ".join(f"{role} {human_count(n)}" for role, n in cost.by_role.items())
+        summary += f"; FLOPs per step: {human_count(cost.total)}" + (f" ({by_role})" if by_role else "")
+    print_lines([Text(f"{target} at the {level.value} level", style="bold"), Text(summary), *listing(graph)])
+
+
+def listing(graph: JointGraph) -> list[Text]:
+    """The lines of a graph, grouped: inputs, forward by block, backward by block from the last one, outputs."""
+    from graphrewrite.graph.nodes import is_getitem
+    from graphrewrite.graph.text import Names, lines
+
+    names = Names(graph)
+    # an element of an operator's result has the operator's name and a number: its line would say nothing new
+    printed = [line for line in lines(graph, names) if not is_getitem(line.node)]
+    widths = (
+        max((len(line.name) for line in printed), default=0),
+        min(max((len(line.type) for line in printed), default=0), TYPE_WIDTH),
+        min(max((len(line.expression) for line in printed), default=0), EXPRESSION_WIDTH),
+    )
+    out: list[Text] = []
+    for section in ("inputs", "forward", "backward"):
+        inside = [line for line in printed if line.section == section]
+        if inside:
+            out += [Text(""), Text(section, style="bold underline")]
+        if section == "inputs":
+            out += [_line(line, widths) for line in inside]
+        else:
+            out += _by_block(graph, inside, widths, reverse=section == "backward")
+    return [*out, Text(""), Text("outputs", style="bold underline"), *_outputs(graph, names, widths[0])]
+
+
+def _by_block(graph: JointGraph, lines: list[Line], widths: tuple[int, int, int], *, reverse: bool) -> list[Text]:
+    rules = {block.name: block.rule for block in graph.blocks}
+    rank = {name: i for i, name in enumerate(rules)}
+    grouped: dict[str, list[Line]] = {}
+    for line in lines:
+        grouped.setdefault(line.block, []).append(line)
+    out = []
+    for name in sorted(grouped, key=lambda n: rank.get(n, len(rank)), reverse=reverse):
+        head = Text(f"  {name or '(no block)'}", style="bold cyan")
+        if name in rules:
+            head.append(f"  {rules[name]}", style="cyan")
+        out += [head, *[_line(line, widths) for line in grouped[name]]]
+    return out
+
+
+def _line(line: Line, widths: tuple[int, int, int]) -> Text:
+    name, kind, expression = widths
+    text = Text("    ")
+    text.append(f"{line.name:<{name}} ", style="bold")
+    text.append(f"{line.type:<{kind}} ", style="dim")
+    if line.section == "inputs":
+        return text.append(line.expression)
+    text.append(f"{line.expression:<{expression}}  ")
+    text.append(f"{line.role:<10}", style=STYLES.get(line.role, ""))
+    if line.module:
+        text.append(f" {line.module}", style="dim")
+    text.rstrip()
+    return text
+
+
+def _outputs(graph: JointGraph, names: Names, width: int) -> list[Text]:
+    return [Text(f"    %{names[node]:<{width - 1}} {spec}") for spec, node in graph.outputs.items()]

@@ -1,0 +1,206 @@
+"""From a captured forward graph to a runnable program: the stages in order, with verification between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from graphrewrite import registry, textform
+from graphrewrite.analysis.blocks import Blocks, assign_blocks
+from graphrewrite.capture import Captured, capture
+from graphrewrite.errors import VerifyError
+from graphrewrite.graph.differentiate import differentiate
+from graphrewrite.graph.expand import expand
+from graphrewrite.graph.interpret import interpret
+from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.nodes import Grad, StateUpdate, UserInput, info
+from graphrewrite.graph.partition import partition
+from graphrewrite.graph.verify import has_random, verify
+from graphrewrite.inputs import Inputs
+from graphrewrite.pipeline import Callback, Pass, PassEvent, PassManager, PassRecord
+from graphrewrite.rule import RuleMap
+from graphrewrite.runtime.program import Program
+from graphrewrite.runtime.signature import make_guards
+
+Kind = Literal["forward", "loss", "evaluate", "predict"]
+"""`forward`: the model's outputs, with a backward; `loss`: the rule's loss, with a backward; `evaluate`: the same
+loss without one; `predict`: the rule's own forward."""
+
+Verification = Literal["off", "structure", "numeric"]
+
+CLEANUP = (
+    "fold_views",
+    "drop_unread_statistics",
+    "merge_convolution_backward",
+    "eliminate_common_subexpressions",
+    "eliminate_dead_code",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `compile` was asked for."""
+
+    rules: RuleMap
+    loss: Callable[[Any, Any], torch.Tensor]
+    blocks: Blocks = "auto"
+    backend: str = "eager"
+    passes: tuple[Pass, ...] = ()
+    dynamic: Any = "auto"
+    verify: Verification = "structure"
+    seed: int = 0
+    callbacks: tuple[Callback, ...] = field(default=(), compare=False)
+
+
+def build_program(
+    model: nn.Module,
+    options: Options,
+    kind: Kind,
+    inputs: Inputs,
+    targets: Any,
+    probe: Callable[[JointGraph], list[Any]] | None = None,
+) -> Program:
+    """Capture a model for one kind of call and compile it.
+
+    Args:
+        model: The user's model, in the mode it is called in.
+        options: What to compile to.
+        kind: What the program is for.
+        inputs: Example inputs.
+        targets: Example targets, for the kinds that have a loss.
+        probe: Example values of a graph's placeholders, for `verify="numeric"`.
+    """
+    captured = _capture(model, options, kind, inputs, targets)
+    pipeline = _Pipeline(options, probe)
+    graph = captured.graph
+    rules = options.rules.in_use(graph)
+    for leaf, node in graph.inputs.items():
+        if _wants_gradient(leaf, inputs):
+            graph.leaves[node] = None
+    differentiate(graph, seeded=kind != "predict")
+    for key, rule in rules:
+        if kind == "predict":
+            graph.current_rule, graph.current_pass = key, rule.name
+            rule.rewrite_forward(graph)
+        else:
+            graph = pipeline.run([rule], graph, rule_key=key)
+    graph.prune()
+    graph = pipeline.run([p for p in options.passes if p.level == "operator"], graph)
+    if kind in ("evaluate", "predict"):
+        graph.remove_outputs(Grad, StateUpdate)
+        graph.prune()
+    operator = graph
+    graph = pipeline.expand(graph)
+    graph = pipeline.run([textform.build("pass", name) for name in CLEANUP], graph)
+    if kind == "loss" and any(rule.objective == "local" for _, rule in rules):
+        graph = pipeline.run([textform.build("pass", "early_local_backward")], graph)
+    if any(info(n).region for n in graph.forward_nodes()):
+        graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
+    extra = [p for p in options.passes if p.level == "aten"]
+    if extra:
+        graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
+    part = partition(graph)
+    forward, backward = registry.find("backend", options.backend)(part)
+    text, guards = make_guards(captured.graph if operator is captured.graph else graph)
+    return Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
+
+
+def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, targets: Any) -> Captured:
+    with_loss = kind in ("loss", "evaluate")
+    captured = capture(
+        model,
+        inputs,
+        loss=options.loss if with_loss else None,
+        targets=targets if with_loss else None,
+        dynamic=options.dynamic,
+    )
+    captured.graph.context.seed = options.seed
+    assign_blocks(captured.graph, model, options.blocks)
+    options.rules.assign(captured.graph)
+    return captured
+
+
+def _wants_gradient(spec: Any, inputs: Inputs) -> bool:
+    if not isinstance(spec, UserInput):
+        return False
+    leaves = torch.utils._pytree.tree_leaves((inputs.args, inputs.kwargs))
+    return isinstance(leaves[spec.index], torch.Tensor) and leaves[spec.index].requires_grad
+
+
+class _Pipeline:
+    """Runs pass managers with the between-pass callbacks of the options, and keeps one history."""
+
+    def __init__(self, options: Options, probe: Callable[[JointGraph], list[Any]] | None) -> None:
+        self.history: list[PassRecord] = []
+        self._callbacks: list[Callback] = []
+        if options.verify != "off":
+            self._callbacks.append(_Verifier(recompute=options.verify == "numeric"))
+        self._numeric = NumericCheck(probe) if options.verify == "numeric" and probe is not None else None
+        if self._numeric is not None:
+            self._callbacks.append(self._numeric)
+        self._callbacks += options.callbacks
+
+    def run(self, passes: Sequence[Pass], graph: JointGraph, rule_key: int = 0) -> JointGraph:
+        graph.current_rule = rule_key
+        return PassManager(passes, self._callbacks, self.history).run(graph)
+
+    def expand(self, graph: JointGraph) -> JointGraph:
+        started = time.perf_counter()
+        expanded = expand(graph)
+        self.history.append(
+            PassRecord(
+                "expand", "aten", time.perf_counter() - started, True, len(graph.graph.nodes), len(expanded.graph.nodes)
+            )
+        )
+        if self._callbacks:
+            verify(expanded, recompute=False)
+        if self._numeric is not None:
+            self._numeric.compare(graph, expanded, "expand")
+        return expanded
+
+
+@dataclass(frozen=True)
+class _Verifier:
+    recompute: bool
+
+    def __call__(self, event: PassEvent) -> None:
+        if event.modified or event.index == 0:
+            verify(event.graph, recompute=self.recompute)
+
+
+class NumericCheck:
+    """A between-pass callback: passes that promise to preserve numerics are held to it, bitwise."""
+
+    wants_before = True
+
+    def __init__(self, probe: Callable[[JointGraph], list[Any]]) -> None:
+        self._probe = probe
+
+    def __call__(self, event: PassEvent) -> None:
+        """Compare the graphs before and after a preserving pass."""
+        if event.ran.preserves_numerics and event.modified and event.before is not None:
+            self.compare(event.before, event.graph, str(event.ran))
+
+    def compare(self, before: JointGraph, after: JointGraph, what: str) -> None:
+        """Run both on the same values and compare all results bitwise."""
+        left, right = self._results(before), self._results(after)
+        for spec, value in left.items():
+            if spec not in right:
+                raise VerifyError(f"{what} promised to preserve numerics but dropped {spec}")
+            if isinstance(value, torch.Tensor) and not _bitwise(value, right[spec]):
+                raise VerifyError(f"{what} promised to preserve numerics but changed {spec}")
+
+    def _results(self, graph: JointGraph) -> dict[Any, Any]:
+        values = self._probe(graph)
+        with torch.random.fork_rng(enabled=has_random(graph)):
+            torch.manual_seed(0)
+            return dict(zip(graph.outputs, interpret(graph, values), strict=True))
+
+
+def _bitwise(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())

@@ -1,0 +1,1 @@
+"""The joint graph: its nodes and signature, differentiation, edit verbs, interpreter, expansion, verifier, text."""

@@ -1,0 +1,78 @@
+"""Which nodes share storage: views fold to the node that owns the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from graphrewrite.graph.nodes import is_getitem, value
+
+aten = torch.ops.aten
+
+_ALWAYS_VIEWS = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.lift_fresh.default,
+}
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only looks at its first input's memory in another way."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    target = node.target
+    if target in _ALWAYS_VIEWS:
+        return True
+    if target is aten.reshape.default:
+        return _shares_storage(value(node), value(node.args[0]))
+    if target is aten.contiguous.default or target is aten._to_copy.default:
+        return False
+    return bool(getattr(target, "is_view", False))
+
+
+def _shares_storage(a: object, b: object) -> bool:
+    """Whether a reshape is a view at the example's strides."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    if a.untyped_storage()._cdata == b.untyped_storage()._cdata:
+        return True
+    return b.is_contiguous()
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The node that owns the memory a value lives in."""
+    while True:
+        if is_view(node):
+            node = node.args[0]  # type: ignore[assignment]
+        elif is_getitem(node) and is_view(node.args[0]):  # type: ignore[arg-type]
+            # an element of a multi-view operator (split, unbind)
+            node = node.args[0].args[0]  # type: ignore[union-attr,assignment]
+        else:
+            return node
+
+
+def view_chain(node: fx.Node) -> list[fx.Node]:
+    """The views between `base_of(node)` and `node`, outermost last."""
+    base = base_of(node)
+    chain: list[fx.Node] = []
+    while node is not base:
+        chain.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return chain[::-1]
+
+
+def mutated_bases(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Owners of memory that an in-place operator writes to."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for argument, given in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, fx.Node):
+                found.add(base_of(given))
+    return found

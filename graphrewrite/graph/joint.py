@@ -1,0 +1,525 @@
+"""The edit verbs: everything a rule does to a graph is one of these methods of `JointGraph`.
+
+A verb takes ordinary differentiable PyTorch functions where it needs computation, traces them and splices the result
+in, with fake values, roles and provenance filled in. After a verb the graph is consistent and can run.
+
+| verb | meaning |
+|---|---|
+| `replace_vjp` | another input cotangent or weight gradient for one operator, as `jax.custom_vjp` |
+| `replace_primal` | the derivative of one operator reads another value in the place of an input |
+| `cut` | no cotangent crosses a boundary |
+| `redirect` | the cotangent at a boundary becomes a function of other values |
+| `teach` | a local loss on boundaries; its own backward joins the graph |
+| `map_value` | consumers read a function of a value instead of the value |
+| `clone_forward` | a second forward pass on other inputs, same parameters |
+| `drop_backward` | delete the backward |
+| `add_state`, `update_state` | feedback weights, heads, running statistics |
+| `encode_saved` | store a saved tensor in another form |
+| `recompute` | compute a saved tensor again in the backward |
+| `tap` | expose a value as an output |
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from graphrewrite.errors import RuleError
+from graphrewrite.graph.core import GraphCore, StateInit
+from graphrewrite.graph.differentiate import Backward, Part, Pullback
+from graphrewrite.graph.nodes import (
+    LOSS_BLOCK,
+    BufferUpdate,
+    Loss,
+    LossTerm,
+    NodeInfo,
+    Role,
+    State,
+    StateUpdate,
+    Tangent,
+    Tap,
+    flat_inputs,
+    info,
+    is_backward,
+    is_float,
+    is_getitem,
+    producer,
+    value,
+)
+from graphrewrite.graph.ops import is_impure
+
+if TYPE_CHECKING:
+    from graphrewrite.graph.codec import Codec
+
+
+class JointGraph(GraphCore):
+    """A forward graph and its backward, with a typed signature and the edit verbs of the module docstring."""
+
+    # --- boundaries ------------------------------------------------------------------------------------------------
+
+    def boundaries(self, block: str, *, copy: str = "") -> list[fx.Node]:
+        """The differentiable activations that leave a block, in order.
+
+        Values computed from parameters alone (a normalised weight, a cast one) are no activations: they are not
+        listed and never cut.
+        """
+        backward = self._table()
+        found = []
+        for node in self.forward_nodes():
+            own = info(node)
+            if own.block != block or own.copy != copy or own.role is not Role.FORWARD or not is_float(node):
+                continue
+            if not self.crossing(node) or not backward.requires_grad(node) or backward.is_weightlike(node):
+                continue
+            found.append(node)
+        return found
+
+    def crossing(self, boundary: fx.Node, *, loss: bool = True) -> list[fx.Node]:
+        """The consumers of a value in other blocks; with `loss`, the task loss counts as one."""
+        block = info(boundary).block
+        return [
+            user
+            for user in boundary.users
+            if user.op == "call_function"
+            and not is_backward(user)
+            and info(user).block != block
+            and (loss or info(user).block != LOSS_BLOCK)
+        ]
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Bring the backward in line once, at the end, after several verbs."""
+        table = self._table()
+        table.deferred += 1
+        try:
+            yield
+        finally:
+            table.deferred -= 1
+        table.propagate()
+
+    def _table(self) -> Backward:
+        if self.backward is None:
+            raise RuleError(
+                f"the graph is at the {self.level} level, edit verbs need the operator level",
+                remedy="declare `level = 'operator'` in the pass",
+            )
+        return self.backward
+
+    # --- cotangents ------------------------------------------------------------------------------------------------
+
+    def cotangent(self, node: fx.Node) -> fx.Node | None:
+        """The cotangent of a forward value; None if none reaches it."""
+        return self._table().total(node)
+
+    def cut(self, boundary: fx.Node, consumers: Iterable[fx.Node] | None = None) -> None:
+        """No cotangent comes back to `boundary` from its consumers in other blocks (or from `consumers`)."""
+        table = self._table()
+        edges = self.crossing(boundary) if consumers is None else list(consumers)
+        table.cuts.update((boundary, consumer) for consumer in edges)
+        table.propagate()
+
+    def redirect(
+        self,
+        boundary: fx.Node,
+        signal: Callable[..., torch.Tensor],
+        inputs: Sequence[fx.Node],
+        *,
+        consumers: Iterable[fx.Node] | None = None,
+    ) -> fx.Node:
+        """Cut `boundary` and let `signal(*inputs)` be its cotangent.
+
+        From the boundary down to the previous cut the derivative stays exact.
+
+        Args:
+            boundary: A forward value.
+            signal: Returns a tensor with the shape and dtype of the boundary.
+            inputs: Its arguments: an output error, targets, state.
+            consumers: Where to cut; default: all consumers in other blocks.
+
+        Returns:
+            The node of the signal.
+        """
+        like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary)
+        node: fx.Node = self.splice(signal, inputs, like=like, whole=False)
+        want, got = value(boundary), value(node)
+        if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
+            raise RuleError(
+                f"a teaching signal of {got.dtype} {tuple(got.shape)} was made for a boundary of "
+                f"{want.dtype} {tuple(want.shape)}",
+                node=boundary.name,
+                module=info(boundary).module,
+                remedy="the signal must have the shape and dtype of the boundary",
+            )
+        table = self._table()
+        edges = self.crossing(boundary) if consumers is None else consumers
+        table.cuts.update((boundary, consumer) for consumer in edges)
+        table.seed(boundary, node)
+        table.propagate()
+        return node
+
+    def teach(
+        self,
+        block: str,
+        loss: Callable[..., torch.Tensor],
+        inputs: Sequence[fx.Node],
+        *,
+        module: str = "",
+    ) -> fx.Node:
+        """Add a local loss; its backward joins the graph and its value joins the loss the graph returns.
+
+        Args:
+            block: The block that learns from it; the loss is reported under this name.
+            loss: Returns a scalar: the mean over the batch.
+            inputs: Its arguments: boundaries, targets, state. Cotangents go back to all that require grad.
+            module: Module path noted on the new nodes.
+
+        Returns:
+            The node of the loss.
+        """
+        node: fx.Node = self.splice(loss, inputs, like=NodeInfo(role=Role.LOSS, block=block, module=module or block))
+        if not isinstance(value(node), torch.Tensor) or value(node).dim() != 0:
+            raise RuleError("a local loss must be a scalar tensor", module=block, remedy="reduce it, e.g. with .mean()")
+        self.add_loss(LossTerm(block), node)
+        self.seed_loss(node)
+        return node
+
+    def seed_loss(self, node: fx.Node) -> None:
+        """Let the cotangent of the loss that the graph returns enter at one of its summands."""
+        table = self._table()
+        table.seed(node, self.loss_tangent(value(node).dtype))
+        table.propagate()
+
+    def loss_tangent(self, dtype: torch.dtype) -> fx.Node:
+        """The cotangent of the loss that the graph returns, in the wanted dtype."""
+        spec = Tangent(Loss())
+        tangent = self.inputs.get(spec)
+        if tangent is None:
+            loss = value(self.loss_node())
+            tangent = self.placeholder(spec, self.fresh_fake(loss), "tangent_loss")
+        if value(tangent).dtype == dtype:
+            return tangent
+        like = NodeInfo(role=Role.COTANGENT, block=LOSS_BLOCK)
+        return self.emit(torch.ops.aten._to_copy.default, (tangent,), {"dtype": dtype}, like=like)
+
+    def add_loss(self, term: LossTerm, node: fx.Node) -> None:
+        """Report a loss and add it to the sum that the graph returns."""
+        outputs = self.outputs
+        previous = outputs.get(Loss())
+        have_terms = any(isinstance(spec, LossTerm) for spec in outputs)
+        outputs[term] = node
+        if previous is None or not have_terms:
+            outputs[Loss()] = node
+        else:
+            like = NodeInfo(role=Role.LOSS, block=LOSS_BLOCK)
+            wanted, dtype = value(previous).dtype, value(node).dtype
+            if dtype != wanted:
+                node = self.emit(torch.ops.aten._to_copy.default, (node,), {"dtype": wanted}, like=like)
+            outputs[Loss()] = self.emit(torch.ops.aten.add.Tensor, (previous, node), like=like, name="loss_sum")
+        self.set_outputs(outputs)
+        self.sort()
+
+    def drop_backward(self) -> None:
+        """Delete every seed, and with them all cotangents and gradients; the loss stays."""
+        table = self._table()
+        table.seeds.clear()
+        table.propagate()
+
+    # --- derivatives of single operators ---------------------------------------------------------------------------
+
+    def pullback(self, node: fx.Node, part: Part | None = None) -> Pullback:
+        """The row of the backward table for `node`: its `"d"`, `"w"` or joint (`"vjp"`) part."""
+        rows = self._table().rows(node)
+        for row in rows:
+            if part is None or row.part == part or row.part == "vjp":
+                return row
+        raise RuleError(f"operator {node.target} has no {part!r} part here", node=node.name, module=info(node).module)
+
+    def replace_vjp(
+        self,
+        node: fx.Node,
+        bwd: Callable[..., Any],
+        *,
+        fwd: Callable[..., Any] | None = None,
+        residuals: Sequence[fx.Node] | None = None,
+        part: Part | None = None,
+    ) -> None:
+        """Give one operator another derivative, as `jax.custom_vjp`.
+
+        Args:
+            node: A forward operator.
+            bwd: `bwd(residuals, *cotangents)`: the cotangents of the inputs of `part`, in order; a tensor if there
+                is one, a tuple otherwise. `residuals` is a tuple of tensors, `cotangents` one per output (None where
+                none arrives).
+            fwd: `fwd(*inputs) -> residuals` computes what `bwd` needs, in the forward; `inputs` are the operator's
+                tensor inputs. Only what it returns is saved.
+            residuals: Instead of `fwd`: existing nodes. Default: the operator's inputs, then its outputs.
+            part: `"d"` (activations), `"w"` (parameters); None: whatever the operator has as one row.
+        """
+        row = self.pullback(node, part)
+        if fwd is not None:
+            like = info(node).but(mirrors=None)
+            made = self.splice(fwd, flat_inputs(node), like=like, whole=False)
+            kept = tuple(made) if isinstance(made, (tuple, list)) else (made,)
+            self._check_cheap(node, kept)
+        elif residuals is not None:
+            kept = tuple(residuals)
+        else:
+            kept = (*flat_inputs(node), *(n for n in [node] if not isinstance(value(n), (tuple, list))))
+        row.bwd, row.residuals, row.replaced = bwd, kept, {}
+        row.reset()
+        self._table().propagate()
+
+    @staticmethod
+    def _check_cheap(node: fx.Node, kept: Sequence[Any]) -> None:
+        for residual in kept:
+            if not isinstance(residual, fx.Node):
+                raise RuleError("residuals of replace_vjp must be tensors", node=node.name, module=info(node).module)
+
+    def replace_primal(
+        self, node: fx.Node, position: int, by: fx.Node, *, part: Part = "d", propagate: bool = True
+    ) -> None:
+        """Let the derivative of `node` read `by` in the place of its input number `position`.
+
+        This is feedback alignment's edit: the input cotangent of a linear map, computed with another weight.
+        """
+        row = self.pullback(node, part)
+        old, new = value(flat_inputs(node)[position]), value(by)
+        if tuple(old.shape) != tuple(new.shape):
+            raise RuleError(
+                f"{by.name} of shape {tuple(new.shape)} cannot stand for an input of shape {tuple(old.shape)}",
+                node=node.name,
+                module=info(node).module,
+            )
+        row.replaced = {**row.replaced, position: by}
+        row.bwd = None
+        row.reset()
+        if propagate:
+            self._table().propagate()
+
+    # --- the forward -----------------------------------------------------------------------------------------------
+
+    def map_value(
+        self,
+        node: fx.Node,
+        fn: Callable[..., torch.Tensor],
+        *,
+        consumers: Collection[fx.Node] | None = None,
+        inputs: Sequence[fx.Node] = (),
+        block: str | None = None,
+    ) -> fx.Node:
+        """Let consumers read `fn(value, *inputs)` instead of a value.
+
+        Args:
+            node: A value of the forward, or an input.
+            fn: Keeps shape and dtype.
+            consumers: The operators that read the new value; None: those in other blocks.
+            inputs: Further arguments of `fn`.
+            block: Block of the new nodes; None: that of the first consumer.
+
+        Returns:
+            The new value.
+        """
+        users = list(self.crossing(node) if consumers is None else consumers)
+        if not users:
+            return node
+        own = info(users[0]).but(mirrors=None, role=Role.FORWARD)
+        if block is not None:
+            own = own.but(block=block)
+        new: fx.Node = self.splice(fn, [node, *inputs], like=own)
+        if new is node:
+            return node
+        for user in users:
+            user.replace_input_with(node, new)
+        self.sort()
+        if self.backward is not None:
+            table = self.backward
+            if table.requires_grad(new) != table.requires_grad(node):
+                table.invalidate(new)
+            table.propagate()
+        return new
+
+    def clone_forward(self, substitute: Mapping[fx.Node, fx.Node], label: str) -> dict[fx.Node, fx.Node]:
+        """A second forward pass: copies of all forward operators that depend on the substituted values.
+
+        The copies read the same parameters; what does not depend on a substituted value is shared, not copied, and
+        neither is what belongs to a pass already (`NodeInfo.copy`), such as the nodes that make the new input: give
+        them the label of the pass. Buffers are updated by the first pass only (see `move_updates`).
+
+        Args:
+            substitute: value -> the value the copy reads in its place.
+            label: Name of the pass; must be new.
+
+        Returns:
+            Original node -> node of the copy, for everything that was copied or substituted.
+        """
+        if label in self.passes:
+            raise RuleError(f"the graph already holds a forward pass named {label!r}")
+        self.passes.append(label)
+        mapping: dict[fx.Node, fx.Node] = dict(substitute)
+        for node in self.forward_nodes():
+            own = info(node)
+            if node in mapping or own.copy or not any(n in mapping for n in node.all_input_nodes):
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: mapping.get(n, n))
+            target: Any = node.target
+            mapping[node] = self.emit(target, args, kwargs, like=own.but(copy=label), name=f"{node.name}_{label}")
+            mapping[node].meta["gr"] = own.but(copy=label, made_by=self.current_pass)
+        self.sort()
+        return mapping
+
+    def move_updates(self, mapping: Mapping[fx.Node, fx.Node]) -> None:
+        """Let buffers be updated by the pass that `mapping` (of `clone_forward`) leads to."""
+        self.set_outputs(
+            {
+                spec: mapping.get(node, node) if isinstance(spec, BufferUpdate) else node
+                for spec, node in self.outputs.items()
+            }
+        )
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def add_state(
+        self,
+        name: str,
+        shape: Sequence[int],
+        fill: Callable[[torch.Tensor, torch.Generator], Any],
+        *,
+        trainable: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> fx.Node:
+        """Rule state as an input of the graph: created once, kept in `state_dict()`.
+
+        Args:
+            name: `"<rule>.<name>"`; the same name again gives the same input.
+            shape: Fixed sizes.
+            fill: Writes the initial value into an empty tensor; draws from the generator it is given.
+            trainable: Make it an `nn.Parameter`, which an optimizer updates.
+            dtype: Default: that of the first floating-point parameter.
+            device: Default: that of the model.
+        """
+        spec = State(name, trainable)
+        existing = self.inputs.get(spec)
+        sizes = tuple(shape)
+        if any(not isinstance(s, int) for s in sizes):
+            raise RuleError(
+                f"state {name} would have a size that changes with the input: {sizes}",
+                remedy="compile with dynamic=None, or let the rule share the state over that dimension",
+            )
+        if existing is not None:
+            if tuple(value(existing).shape) != sizes:
+                raise RuleError(f"state {name} exists with shape {tuple(value(existing).shape)}, not {sizes}")
+            return existing
+        dtype = dtype or self.float_dtype
+        device = device or self.device
+        self.state_inits[name] = StateInit(sizes, dtype, device, fill, trainable)
+        with self.tracing():
+            val = torch.empty(sizes, dtype=dtype, device=device)
+        node = self.placeholder(spec, val, "state_" + name.replace(".", "_"))
+        if trainable:
+            self.leaves[node] = None
+        return node
+
+    def update_state(self, name: str, fn: Callable[..., torch.Tensor], inputs: Sequence[fx.Node]) -> fx.Node:
+        """Write `fn(state, *inputs)` back into a piece of state once the call that computes it is over."""
+        node = next((n for s, n in self.inputs.items() if isinstance(s, State) and s.name == name), None)
+        if node is None:
+            raise RuleError(f"there is no state {name}", remedy="add_state comes first")
+        new: fx.Node = self.splice(fn, [node, *inputs], like=NodeInfo(role=Role.STATE, module=name), whole=False)
+        if tuple(value(new).shape) != tuple(value(node).shape):
+            raise RuleError(f"the update of state {name} has another shape than the state")
+        self.add_output(StateUpdate(name), new)
+        self.sort()
+        return new
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter, else float32."""
+        for node in self.parameters().values():
+            if is_float(node):
+                return value(node).dtype  # type: ignore[no-any-return]
+        return torch.float32
+
+    # --- saved values, taps ----------------------------------------------------------------------------------------
+
+    def encode_saved(self, node: fx.Node, codec: Codec) -> list[fx.Node]:
+        """Let the backward read a value from `codec`'s encoding; the forward reads it as it is.
+
+        ATen level only: there every value that the backward reads is visible.
+
+        Returns:
+            The nodes that are saved in the place of the value.
+        """
+        if self.level != "aten":
+            raise RuleError("encode_saved works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
+        readers = [user for user in node.users if is_backward(user)]
+        if not readers:
+            return []
+        own = info(node).but(mirrors=None)
+        made = self.splice(codec.encode, [node], like=own, whole=False)
+        residuals = list(made) if isinstance(made, (tuple, list)) else [made]
+        like_info = info(readers[0])
+        back = own.but(role=Role.COTANGENT, mirrors=like_info.mirrors)
+
+        def decode(*stored: torch.Tensor) -> torch.Tensor:
+            return codec.decode(stored, value(node))
+
+        decoded = self.splice(decode, residuals, like=back, whole=False)
+        if tuple(value(decoded).shape) != tuple(value(node).shape) or value(decoded).dtype != value(node).dtype:
+            raise RuleError(f"{codec} decodes to another shape or dtype", node=node.name, module=own.module)
+        for reader in readers:
+            reader.replace_input_with(node, decoded)
+        self.sort()
+        return residuals
+
+    def recompute(self, nodes: Collection[fx.Node]) -> int:
+        """Let the backward compute forward values again instead of reading saved ones.
+
+        ATen level only. Random and mutating operators are not repeated: what the backward needs of them stays saved.
+
+        Args:
+            nodes: Forward operators; those of them that the backward needs, directly or for others, are repeated.
+
+        Returns:
+            How many operators were repeated.
+        """
+        if self.level != "aten":
+            raise RuleError("recompute works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
+        allowed = {n for n in nodes if not is_backward(n) and not is_impure(producer(n))}
+        repeated: dict[fx.Node, fx.Node] = {}
+
+        def repeat(node: fx.Node, reader: NodeInfo) -> fx.Node:
+            if node not in allowed:
+                return node
+            if node not in repeated:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeat(n, reader))
+                like = info(node).but(role=Role.COTANGENT, copy=reader.copy, block=reader.block)
+                repeated[node] = self.emit(
+                    node.target,  # type: ignore[arg-type]
+                    args,
+                    kwargs,
+                    like=like,
+                    name=f"{node.name}_again",
+                    val=node.meta["val"],
+                )
+            return repeated[node]
+
+        for reader in reversed(self.backward_nodes()):
+            for source in reader.all_input_nodes:
+                if source in allowed and isinstance(value(source), (torch.Tensor, tuple, list)):
+                    reader.replace_input_with(source, repeat(source, info(reader)))
+        if repeated:
+            self.sort()
+        return len(repeated)
+
+    def tap(self, node: fx.Node, name: str) -> None:
+        """Expose a value (an activation, a cotangent) as an output named `name`."""
+        self.add_output(Tap(name), node)
+
+    def elements(self, node: fx.Node) -> list[fx.Node]:
+        """The `getitem` values of a tuple-valued operator."""
+        return [user for user in node.users if is_getitem(user)]

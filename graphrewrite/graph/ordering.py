@@ -1,0 +1,131 @@
+"""Execution orders of a stage, and the bytes they keep alive."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from graphrewrite.graph.aliasing import base_of, is_view, mutated_bases
+from graphrewrite.graph.nodes import LOSS_BLOCK, info, is_getitem, nbytes, value
+from graphrewrite.graph.ops import is_impure
+
+if TYPE_CHECKING:
+    from graphrewrite.graph.joint import JointGraph
+
+
+def cheapest_order(
+    graph: JointGraph,
+    nodes: list[fx.Node],
+    results: Sequence[fx.Node],
+    given: Sequence[fx.Node] = (),
+    *,
+    descending: bool = False,
+) -> list[fx.Node]:
+    """The order with the lower predicted peak: the one the nodes stand in, or block by block.
+
+    Args:
+        graph: The graph of the nodes.
+        nodes: One stage, in a valid order.
+        results: What stays alive to the end.
+        given: Values handed in, which die after their last use.
+        descending: Last block first, for a backward.
+    """
+    other = block_major_order(graph, nodes, descending=descending)
+    if other == nodes:
+        return nodes
+    kept = {base_of(n) for n in results}
+    by_blocks, as_is = (max(live_bytes(order, kept, given), default=0) for order in (other, nodes))
+    return other if by_blocks < as_is else nodes
+
+
+def block_major_order(graph: JointGraph, nodes: Sequence[fx.Node], *, descending: bool = False) -> list[fx.Node]:
+    """All of a block (every forward pass, its loss, its backward) before anything of the next block.
+
+    With local losses nothing of a block is read after it, so live memory does not grow with depth. Random operators
+    keep their order within each forward pass; graphs with in-place operators keep theirs altogether.
+    """
+    if mutated_bases(nodes):
+        return list(nodes)
+    rank = {block.name: block.index for block in graph.blocks}
+    rank[LOSS_BLOCK] = len(rank)
+    if descending:
+        rank = {name: -index for name, index in rank.items()}
+    inside = set(nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    after: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+    waiting = dict.fromkeys(nodes, 0)
+    last_impure: dict[str, fx.Node] = {}
+
+    def constrain(first: fx.Node, second: fx.Node) -> None:
+        after[first].append(second)
+        waiting[second] += 1
+
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source in inside:
+                constrain(source, node)
+        if is_impure(node):
+            copy = info(node).copy
+            if copy in last_impure:
+                constrain(last_impure[copy], node)
+            last_impure[copy] = node
+
+    def key(node: fx.Node) -> tuple[int, int]:
+        return rank.get(info(node).block, -len(rank)), position[node]
+
+    heap = [(*key(n), n) for n in nodes if waiting[n] == 0]
+    heapq.heapify(heap)
+    order: list[fx.Node] = []
+    while heap:
+        node = heapq.heappop(heap)[-1]
+        order.append(node)
+        for user in after[node]:
+            waiting[user] -= 1
+            if waiting[user] == 0:
+                heapq.heappush(heap, (*key(user), user))
+    assert len(order) == len(nodes)
+    return order
+
+
+def live_bytes(nodes: Sequence[fx.Node], kept: set[fx.Node], given: Iterable[fx.Node] = ()) -> list[int]:
+    """Bytes alive right after each node was computed, before anything is freed.
+
+    Args:
+        nodes: In execution order.
+        kept: Owners of memory that stay alive to the end.
+        given: Values handed in; they count from the start and die after their last use.
+    """
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last_use[base_of(source)] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for base, user in last_use.items():
+        dying.setdefault(user, []).append(base)
+    given = [n for n in given if n.op != "placeholder"]
+    owned = {*nodes, *given}
+    live, curve = sum(_size(n) for n in given), []
+    for node in nodes:
+        allocated = _allocates(node)
+        live += allocated
+        curve.append(live)
+        for base in dying.get(node, ()):
+            if base in owned and base not in kept:
+                live -= _size(base)
+        if not node.users and node not in kept:
+            live -= allocated
+    return curve
+
+
+def _allocates(node: fx.Node) -> int:
+    if is_view(node) or (is_getitem(node) and is_view(node.args[0])):  # type: ignore[arg-type]
+        return 0
+    return _size(node)
+
+
+def _size(base: fx.Node) -> int:
+    """An operator with several results is counted at its `getitem`s."""
+    return 0 if isinstance(value(base), (tuple, list)) else nbytes(value(base))

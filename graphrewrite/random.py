@@ -1,0 +1,87 @@
+"""Counter-based random numbers, as an operator that can be traced.
+
+`torch.Generator` cannot be traced, and global generators make results depend on what ran before. Here every number is
+a function of (seed, step, rank), of the stream (one per place in the graph) and of its position: the same on every
+device, in eager and compiled code, in the forward and when it is computed again in the backward.
+
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): key = seed,
+counter = (position // 4, stream, step, rank), word position % 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+
+_LIBRARY = torch.library.Library("graphrewrite", "FRAGMENT")
+_LIBRARY.define("philox(Tensor counter, int stream, SymInt[] size) -> Tensor")
+
+
+def _philox(counter: torch.Tensor, stream: int, size: Sequence[int]) -> torch.Tensor:
+    count = math.prod(int(s) for s in size)
+    seed, step, rank = counter.unbind()
+    position = torch.arange((count + 3) // 4, dtype=torch.int64, device=counter.device)
+    c0 = position & _MASK
+    c1 = torch.full_like(position, stream & _MASK)
+    c2 = torch.zeros_like(position) + (step & _MASK)
+    c3 = torch.zeros_like(position) + (rank & _MASK)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # the products of two 32-bit words fit an int64 up to its sign bit, which the shifts and masks undo
+        p0, p1 = c0 * _M0, c2 * _M1
+        high0, low0 = (p0 >> 32) & _MASK, p0 & _MASK
+        high1, low1 = (p1 >> 32) & _MASK, p1 & _MASK
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    words = torch.stack([c0, c1, c2, c3], dim=-1).flatten()[:count]
+    # 0 .. 2^32-1 as the int32 with the same bits
+    return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32).reshape(tuple(size))
+
+
+def _philox_fake(counter: torch.Tensor, stream: int, size: Sequence[int]) -> torch.Tensor:
+    return counter.new_empty(size, dtype=torch.int32)
+
+
+_LIBRARY.impl("philox", _philox, "CompositeExplicitAutograd")
+torch.library.register_fake("graphrewrite::philox", _philox_fake, lib=_LIBRARY)
+
+
+def bits(counter: torch.Tensor, stream: int, size: Sequence[int]) -> torch.Tensor:
+    """Uniform 32-bit words, int32 of shape `size`.
+
+    Args:
+        counter: int64 tensor (seed, step, rank).
+        stream: Which of the graph's streams.
+        size: Shape.
+    """
+    return torch.ops.graphrewrite.philox(counter, stream, size)  # type: ignore[no-any-return]
+
+
+def uniform(
+    counter: torch.Tensor, stream: int, size: Sequence[int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Uniform on [0, 1), in steps of 2^-24."""
+    return (((bits(counter, stream, size) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24).to(dtype)
+
+
+def normal(counter: torch.Tensor, stream: int, size: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Standard normal, by Box and Muller from two uniforms."""
+    pair = uniform(counter, stream, [2, *size])
+    radius = torch.sqrt(-2.0 * torch.log1p(-pair[0]))
+    return (radius * torch.cos(2.0 * math.pi * pair[1])).to(dtype)
+
+
+def integers(counter: torch.Tensor, stream: int, size: Sequence[int], high: int) -> torch.Tensor:
+    """Uniform on 0 .. high-1, int64; high up to 2^24."""
+    return (uniform(counter, stream, size, torch.float64) * high).to(torch.int64)
+
+
+def signs(counter: torch.Tensor, stream: int, size: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """-1 or 1 with equal probability."""
+    return 1 - 2 * ((bits(counter, stream, size) >> 31) & 1).to(dtype)

@@ -1,0 +1,1 @@
+"""Text, JSON, SVG and HTML output."""

@@ -1,0 +1,1 @@
+"""`CompiledModule`, the autograd glue, input signatures, rule state."""

@@ -1,0 +1,556 @@
+"""`CompiledModule`: the user's model, trained by another rule."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphrewrite.capture.structure import take_apart
+from graphrewrite.compiler import Kind, Options, build_program
+from graphrewrite.errors import GraphRewriteError, RuleError
+from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.nodes import (
+    Buffer,
+    BufferUpdate,
+    Constant,
+    Counter,
+    InputSpec,
+    InputUpdate,
+    Loss,
+    LossTerm,
+    Param,
+    State,
+    StateUpdate,
+    Tangent,
+    Target,
+    UserInput,
+    UserOutput,
+    info,
+    value,
+)
+from graphrewrite.inputs import Inputs, as_inputs, as_targets
+from graphrewrite.runtime.predictor import Predictor
+from graphrewrite.runtime.program import Program
+from graphrewrite.runtime.signature import Call, ModelWatch, flatten_call
+from graphrewrite.runtime.state import RuleState
+
+if TYPE_CHECKING:
+    from graphrewrite.report.summary import Report
+    from graphrewrite.runtime.alignment import Alignment
+
+MAX_CAPTURES = 16
+_STATE_PREFIX = "_graphrewrite."
+_MODULE_PREFIX = "module."
+
+
+class CompiledModule(nn.Module):
+    """What `graphrewrite.compile` returns. Trains with any `torch.optim` optimizer.
+
+    Calling it is calling the user's model: same outputs, in every mode. `loss(x, y)` works for every rule.
+
+    Attributes:
+        module: The user's model, never modified by compilation.
+        losses: Detached `{block: value}` of the last training step, and `"task"`.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__()
+        self.module = model
+        self.training = model.training
+        self._graphrewrite = RuleState()
+        self._options = options
+        self._step = 0
+        self._rank: int | None = None
+        self.losses: dict[str, torch.Tensor] = {}
+        self._warned: set[str] = set()
+        self._reset()
+        self._register_state_dict_hook(_strip_module_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_module_prefix)  # type: ignore[no-untyped-call]
+
+    def _reset(self) -> None:
+        """Drop what is derived from the model: programs and name look-ups."""
+        self._programs: dict[Any, list[Program]] = {}
+        self._watch = ModelWatch(self.module)
+        self._lock = threading.RLock()
+        self._latest: dict[str, Program] = {}
+        self._captures: dict[str, int] = {}
+        self._hooks: dict[str, int] = {}
+        self._example: Inputs | None = None
+
+    # --- calling ---------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own outputs. In training, their backward is the rule's."""
+        self._warn_about_forward()
+        if not self._records_gradient():
+            return self.module(*args, **kwargs)
+        blocked = [rule for rule in self._options.rules.rules[: self._rule_count()] if rule.needs_loss]
+        if blocked:
+            return self._forward_without_backward(blocked[0].name, args, kwargs)
+        program, call = self._program("forward", Inputs(*args, **kwargs), None)
+        results = self._run(program, call)
+        values = {s.index: v for s, v in results.items() if isinstance(s, UserOutput)}
+        self._write_back(program, results, call)
+        return program.captured.rebuild([values[i] for i in range(len(values))])
+
+    def loss(self, x: Any, y: Any) -> torch.Tensor:
+        """The rule's loss on inputs `x` and targets `y`; its `.backward()` leaves the rule's gradients in `.grad`.
+
+        For rules with a global objective this is the task loss, for rules with local objectives the sum over blocks
+        of their losses. In `eval()` or under `no_grad` the same number, without a gradient.
+
+        Args:
+            x: A tensor, a tuple (`model(*x)`), a dict (`model(**x)`) or `Inputs`.
+            y: Whatever the loss takes as targets.
+        """
+        inputs, targets = as_inputs(x), as_targets(y)
+        trains = self._records_gradient()
+        if not trains and not self._has_local_objective():
+            with torch.no_grad():
+                loss = self.task_loss(self.module(*inputs.args, **inputs.kwargs), targets)
+            self.losses = {"task": loss}
+            return loss
+        program, call = self._program("loss" if trains else "evaluate", inputs, targets)
+        if trains:
+            results = self._run(program, call)
+            if program.uses_counter:
+                self._step += 1
+        else:
+            results = self._run_forward(program, call)
+        self._write_back(program, results, call)
+        self.losses = {s.name: v.detach() for s, v in results.items() if isinstance(s, LossTerm)}
+        return results[Loss()]  # type: ignore[no-any-return]
+
+    def predict(self, x: Any) -> Any:
+        """What the trained network computes: the rule's own forward and read-out; the model's outputs otherwise.
+
+        No gradient is recorded. As everywhere in torch, call `eval()` first if dropout is to be off.
+        """
+        inputs = as_inputs(x)
+        with torch.no_grad():
+            if not self._changes_forward():
+                return self.module(*inputs.args, **inputs.kwargs)
+            program, call = self._program("predict", inputs, None)
+            results = self._run_forward(program, call)
+        values = {s.index: v for s, v in results.items() if isinstance(s, UserOutput)}
+        return program.captured.rebuild([values[i] for i in range(len(values))])
+
+    def predictor(self) -> nn.Module:
+        """A plain, exportable module that computes `predict`, on the same parameters.
+
+        For rules that leave the model's forward alone this is the user's model itself.
+
+        Raises:
+            RuleError: The rule has a forward of its own and nothing was captured yet.
+        """
+        if not self._changes_forward():
+            return self.module
+        if self._example is None:
+            raise RuleError(
+                "the predictor of a rule with a forward of its own needs a captured input",
+                remedy="call predict(x), loss(x, y) or materialize(x, y) first",
+            )
+        inputs = Inputs(*self._example.args, **self._example.kwargs)
+        with torch.no_grad():
+            program, call = self._program("predict", inputs, None)
+        return Predictor(program, self._fetch(program, call))
+
+    def loss_module(self) -> nn.Module:
+        """A view whose `forward(x, y)` is `loss(x, y)`: what DDP, `fully_shard` and Lightning wrap."""
+        return LossModule(self)
+
+    def materialize(self, x: Any, y: Any = None) -> CompiledModule:
+        """Capture for these inputs now, and create the rule's state; what `example_inputs` does at compile time."""
+        kind: Kind = "forward" if y is None else "loss"
+        if y is None and any(rule.needs_loss for rule in self._options.rules.rules[: self._rule_count()]):
+            raise RuleError(
+                f"rule {self._options.rules} needs targets to be materialised", remedy="give example_targets as well"
+            )
+        with torch.enable_grad():
+            self._program(kind, as_inputs(x), as_targets(y))
+        return self
+
+    # --- programs --------------------------------------------------------------------------------------------------
+
+    def _records_gradient(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _rule_count(self) -> int:
+        """How many rules can be in use: the implicit bp at the end of a map counts only behind others."""
+        return len(self._options.rules.rules)
+
+    def _has_local_objective(self) -> bool:
+        return any(rule.objective == "local" for rule in self._options.rules.rules)
+
+    def _changes_forward(self) -> bool:
+        return any(rule.changes_forward for rule in self._options.rules.rules)
+
+    def _program(self, kind: Kind, inputs: Inputs, targets: Any) -> tuple[Program, Call]:
+        call = flatten_call(kind, inputs, targets, self._options.dynamic, self._watch.key())
+        for program in self._programs.get(call.key, ()):
+            if program.guards(call.leaves, call.targets):
+                self._latest[kind] = program
+                return program, call
+        with self._lock:
+            self._warn_about_hooks()
+            known = self._programs.setdefault(call.key, [])
+            program = build_program(
+                self.module, self._options, kind, inputs, targets, lambda graph: self._probe(graph, call)
+            )
+            self._create_state(program.operator)
+            self._note_capture(kind, known, program)
+            known.insert(0, program)
+            del known[MAX_CAPTURES:]
+            self._latest[kind] = program
+            self._example = _outline(inputs)
+            self._watch.refresh()
+        return program, call
+
+    def _warn_about_hooks(self) -> None:
+        hooks = self._watch.hooks()
+        added = [path or "(root)" for path, n in hooks.items() if n > self._hooks.get(path, 0)]
+        if added and self._programs:
+            warnings.warn(
+                f"hooks were added after capture to: {', '.join(added)}. The model is captured again with what they "
+                "compute; what they do beside (printing, storing) happens during capture only",
+                stacklevel=6,
+            )
+        self._hooks = hooks
+
+    def _note_capture(self, kind: str, known: list[Program], program: Program) -> None:
+        count = self._captures[kind] = self._captures.get(kind, 0) + 1
+        if count != MAX_CAPTURES + 1:
+            return
+        common = set(program.guard_text).intersection(*(p.guard_text for p in known))
+        changing = sorted(set(program.guard_text) - common)
+        warnings.warn(
+            f"graphrewrite captured this model {count} times; what keeps changing: "
+            f"{'; '.join(changing) or 'the input signature (dtypes, sizes 0 and 1, training flags)'}",
+            stacklevel=5,
+        )
+
+    def _create_state(self, graph: JointGraph) -> None:
+        self._graphrewrite.create(graph.state_inits, self._options.seed)
+
+    def _fetch(self, program: Program, call: Call) -> Callable[[InputSpec], Any]:
+        constants = program.partition.graph.constants
+
+        def fetch(spec: InputSpec) -> Any:
+            if isinstance(spec, (Param, Buffer)):
+                held, name = self._watch.slot(spec.name)
+                return held[name]
+            if isinstance(spec, UserInput):
+                return call.leaves[spec.index]
+            if isinstance(spec, Target):
+                return call.targets[spec.index]
+            if isinstance(spec, Constant):
+                return constants[spec.name]
+            if isinstance(spec, State):
+                found = self._graphrewrite.find(spec.name)
+                assert found is not None, spec
+                return found
+            if isinstance(spec, Counter):
+                return self._counter()
+            raise GraphRewriteError(f"nothing can be fed to {spec}")
+
+        return fetch
+
+    def _counter(self) -> torch.Tensor:
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        return torch.tensor([self._options.seed, self._step, self._rank_or_zero()], dtype=torch.int64, device=device)
+
+    def _rank_or_zero(self) -> int:
+        if self._rank is not None:
+            return self._rank
+        distributed = torch.distributed
+        return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+    def _run(self, program: Program, call: Call) -> dict[Any, Any]:
+        owner = weakref.ref(self)
+
+        def on_backward(spec: Any, result: Any) -> None:
+            compiled = owner()
+            if compiled is not None and isinstance(spec, StateUpdate):
+                compiled._update_state(spec.name, result)
+
+        values = program(self._fetch(program, call), on_backward)
+        return {spec: values[i] for spec, i in program.partition.forward_outputs.items()}
+
+    def _run_forward(self, program: Program, call: Call) -> dict[Any, Any]:
+        fetch = self._fetch(program, call)
+        values = program.run_forward([fetch(spec) for spec in program.partition.forward_inputs])
+        return {spec: values[i] for spec, i in program.partition.forward_outputs.items()}
+
+    def _write_back(self, program: Program, results: dict[Any, Any], call: Call) -> None:
+        with torch.no_grad():
+            for spec, result in results.items():
+                if isinstance(spec, BufferUpdate):
+                    held, name = self._watch.slot(spec.name)
+                    held[name].copy_(result)
+                elif isinstance(spec, InputUpdate):
+                    call.leaves[spec.index].copy_(result)
+                elif isinstance(spec, StateUpdate):
+                    self._update_state(spec.name, result)
+
+    def _update_state(self, name: str, result: torch.Tensor) -> None:
+        state = self._graphrewrite.find(name)
+        assert state is not None, name
+        with torch.no_grad():
+            state.copy_(result)
+
+    def _probe(self, graph: JointGraph, call: Call) -> list[Any]:
+        """Example values of a graph's inputs, for numeric verification; the rule state is not created by it."""
+        scratch = RuleState()
+        scratch.create(graph.state_inits, self._options.seed)
+        values: list[Any] = []
+        for spec, node in graph.inputs.items():
+            if isinstance(spec, Tangent):
+                values.append(
+                    torch.ones([int(s) for s in _sizes(node)], dtype=value(node).dtype, device=value(node).device)
+                )
+            elif isinstance(spec, State):
+                values.append(scratch.find(spec.name))
+            elif isinstance(spec, Constant):
+                values.append(graph.constants[spec.name])
+            elif isinstance(spec, (UserInput, Target)):
+                values.append((call.leaves if isinstance(spec, UserInput) else call.targets)[spec.index])
+            elif isinstance(spec, Counter):
+                values.append(self._counter())
+            else:
+                held, name = self._watch.slot(spec.name)
+                values.append(held[name])
+        return [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in values]
+
+    # --- training through compiled(x) where the rule cannot ----------------------------------------------------------
+
+    def _forward_without_backward(self, rule: str, args: Any, kwargs: Any) -> Any:
+        with torch.no_grad():
+            outputs = self.module(*args, **kwargs)
+        tensors, structure = take_apart(outputs)
+        anchor = next((p for p in self.module.parameters() if p.requires_grad), None)
+        if anchor is None:
+            return outputs
+        blocked: Callable[..., torch.Tensor] = _NoBackward.apply
+        return structure.rebuild(
+            [blocked(rule, anchor, t) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
+        )
+
+    def _warn_about_forward(self) -> None:
+        if not self.training and self._step > 0 and self._changes_forward() and "forward" not in self._warned:
+            self._warned.add("forward")
+            warnings.warn(
+                f"{self._options.rules} trains another forward than the model's own: compiled(x) is not what was "
+                "trained, compiled.predict(x) is",
+                stacklevel=3,
+            )
+
+    # --- looking at it ---------------------------------------------------------------------------------------------
+
+    def graph(self, level: str = "operator") -> JointGraph:
+        """The graph of the most recent program: `"forward"`, `"operator"`, `"aten"`."""
+        program = self.program()
+        if level == "forward":
+            return program.captured.graph
+        if level == "operator":
+            return program.operator
+        if level == "aten":
+            return program.partition.graph
+        raise GraphRewriteError(f"level {level!r} is unknown", remedy="use 'forward', 'operator' or 'aten'")
+
+    def report(self) -> Report:
+        """Passes, saved values, certificates and backend coverage of the most recent program; prints well."""
+        from graphrewrite.report.summary import summarise
+
+        return summarise(self.program(), str(self._options.rules), self._options.backend)
+
+    def alignment(self, x: Any, y: Any) -> Alignment:
+        """Per-parameter cosine and norm ratio of the rule's gradient to backpropagation's, on one batch.
+
+        Nothing is changed by the measurement: not `.grad`, buffers, rule state nor random generators.
+        """
+        from graphrewrite.runtime.alignment import measure
+
+        return measure(self, x, y)
+
+    def parameters_by_block(self) -> dict[str, list[str]]:
+        """Names of the parameters by the block that reads them first."""
+        graph = self.program().captured.graph
+        found: dict[str, list[str]] = {block.name: [] for block in graph.blocks}
+        for name, node in graph.parameters().items():
+            block = next((info(u).block for u in node.users if info(u).block in found), None)
+            if block is not None:
+                found[block].append(name)
+        return {block: names for block, names in found.items() if names}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups, one per block, each with a `"name"`; learned rule state forms the last one."""
+        named = dict(self.module.named_parameters())
+        groups = [
+            {"name": block, "params": [named[n] for n in names]} for block, names in self.parameters_by_block().items()
+        ]
+        grouped = {id(p) for group in groups for p in group["params"]}
+        rest = [p for p in self.parameters() if id(p) not in grouped]
+        return [*groups, {"name": "rest", "params": rest}] if rest else groups
+
+    def task_loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """The user's loss on outputs of the model."""
+        return self._options.loss(outputs, targets)
+
+    def program(self, kind: str | None = None) -> Program:
+        """The most recent program, preferably one that trains."""
+        for wanted in (kind,) if kind else ("loss", "forward", "evaluate", "predict"):
+            if wanted in self._latest:
+                return self._latest[wanted]
+        raise RuleError(
+            "nothing is captured yet", remedy="give example_inputs to compile, or call materialize(x, y) or loss(x, y)"
+        )
+
+    # --- parameters and state ----------------------------------------------------------------------------------------
+
+    @property
+    def rule_state(self) -> dict[str, torch.Tensor]:
+        """Rule state by name: feedback weights, heads, statistics."""
+        return dict(self._graphrewrite.items())
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters under their own names, then learned rule state."""
+        self._require_state("parameters()")
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            yield _own_name(name, prefix), parameter
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's buffers under their own names, then fixed rule state."""
+        for name, buffer in super().named_buffers(prefix, recurse, remove_duplicate):
+            yield _own_name(name, prefix), buffer
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's entries under their own names, plus `_graphrewrite.<rule>.<name>`."""
+        self._require_state("state_dict()")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state of this module, or of the bare model (then the present rule state is kept)."""
+        own = dict(state_dict)
+        if not any(key.startswith(_STATE_PREFIX) for key in own):
+            own.update({key: held for key, held in self.state_dict().items() if key.startswith(_STATE_PREFIX)})
+        return super().load_state_dict(own, strict=strict, assign=assign)
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The counter of the random operators."""
+        return {"seed": self._options.seed, "step": self._step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Continue the random streams where they were."""
+        self._step = int(state["step"])
+
+    def _require_state(self, what: str) -> None:
+        learns = [rule.name for rule in self._options.rules.rules if rule.learns_state]
+        if learns and not self._latest and not any(True for _ in self._graphrewrite.items()):
+            raise RuleError(
+                f"{what} of rule {learns[0]} is incomplete: its learned state is not created yet",
+                remedy="give example_inputs and example_targets to compile, or call materialize(x, y) first",
+            )
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Set the mode of the model; rule state has none."""
+        super().train(mode)
+        return self
+
+    # --- copying ---------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for derived in ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example"):
+            state.pop(derived, None)
+        state["losses"] = dict(self.losses)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._reset()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_") or "module" not in self.__dict__.get("_modules", {}):
+                raise
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}; the user's model is `compiled.module`"
+            ) from error
+
+    def extra_repr(self) -> str:
+        """The rule and the backend."""
+        return f"rule={self._options.rules}, backend={self._options.backend}"
+
+
+class LossModule(nn.Module):
+    """`forward(x, y)` is `compiled.loss(x, y)`."""
+
+    def __init__(self, compiled: CompiledModule) -> None:
+        super().__init__()
+        self.compiled = compiled
+        self.training = compiled.training
+
+    def forward(self, x: Any, y: Any) -> torch.Tensor:
+        """The rule's loss."""
+        return self.compiled.loss(x, y)
+
+
+class _NoBackward(torch.autograd.Function):
+    """An output whose backward tells what to do instead."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: str, anchor: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        ctx.rule = rule
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_cotangents: Any) -> Any:
+        raise RuleError(
+            f"rule {ctx.rule} has no backward through compiled(x): its objective needs the targets",
+            remedy="train with compiled.loss(x, y).backward()",
+        )
+
+
+def _outline(inputs: Inputs) -> Inputs:
+    """Zeros of the same shapes, dtypes and devices, taking no memory: enough to capture for them again."""
+
+    def empty(leaf: Any) -> Any:
+        return leaf.detach().new_zeros(()).expand(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
+
+    args, kwargs = pytree.tree_map(empty, (inputs.args, inputs.kwargs))
+    return Inputs(*args, **kwargs)
+
+
+def _sizes(node: Any) -> Any:
+    return value(node).shape
+
+
+def _own_name(name: str, prefix: str) -> str:
+    start = f"{prefix}." if prefix else ""
+    rest = name[len(start) :]
+    return start + rest.removeprefix(_MODULE_PREFIX)
+
+
+def _strip_module_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix + _MODULE_PREFIX)]:
+        state[prefix + key[len(prefix + _MODULE_PREFIX) :]] = state.pop(key)
+
+
+def _add_module_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_args: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        rest = key[len(prefix) :]
+        if not rest.startswith((_STATE_PREFIX, "_extra_state")):
+            state[prefix + _MODULE_PREFIX + rest] = state.pop(key)

@@ -1,0 +1,216 @@
+"""One compiled input signature: its graphs, its callables, and the autograd function that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphrewrite._compat import release_saved
+from graphrewrite.backends import Run
+from graphrewrite.capture import Captured
+from graphrewrite.errors import RuleError
+from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.nodes import (
+    Buffer,
+    BufferUpdate,
+    Counter,
+    Grad,
+    InputSpec,
+    InputUpdate,
+    StateUpdate,
+    Tangent,
+    UserInput,
+    info,
+    spec_of,
+)
+from graphrewrite.graph.partition import Partition
+from graphrewrite.pipeline import PassRecord
+
+
+@dataclass
+class Program:
+    """A compiled signature.
+
+    Attributes:
+        captured: The forward graph and the structure of the outputs.
+        operator: The operator-level graph after the rule.
+        partition: The stages, with the ATen-level graph behind them.
+        forward: Callable for the forward stage.
+        backward: Callable for the backward stage.
+        history: The passes that ran.
+        guard_text: What the program is specialised on.
+        guards: Predicate over input and target leaves.
+    """
+
+    captured: Captured
+    operator: JointGraph
+    partition: Partition
+    forward: Run
+    backward: Run
+    history: list[PassRecord]
+    guard_text: list[str]
+    guards: Callable[[Sequence[Any], Sequence[Any]], bool]
+    differentiable: list[InputSpec] = field(init=False)
+    """Inputs that get a gradient, in the order in which the autograd function takes them."""
+    positions: dict[InputSpec, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        part = self.partition
+        self.differentiable = [spec.of for spec in part.backward_outputs if isinstance(spec, Grad)]
+        self.positions = {spec: i for i, spec in enumerate(part.forward_inputs)}
+        self._diff_slots = [self.positions.get(spec, -1) for spec in self.differentiable]
+        outputs = part.forward_outputs
+        self.tangent_slots = [-1] * part.result_count
+        for i, tangent in enumerate(part.tangents):
+            self.tangent_slots[outputs[tangent.output]] = i
+        self.plain_outputs = [i for i, slot in enumerate(self.tangent_slots) if slot < 0]
+        mutated = {s.name for s in outputs if isinstance(s, BufferUpdate)}
+        written = {s.index for s in outputs if isinstance(s, InputUpdate)}
+        kept = [s for s in part.saved if not s.carried]
+        self._tensor_saved = [i for i, s in enumerate(part.saved) if not s.carried and _is_tensor(s.node)]
+        self._other_saved = [i for i, s in enumerate(part.saved) if s.carried or not _is_tensor(s.node)]
+        self._clone = {
+            i
+            for i, s in enumerate(part.saved)
+            if isinstance(spec := spec_of(s.node) if s.is_input else None, (Buffer, UserInput))
+            and (
+                (isinstance(spec, Buffer) and spec.name in mutated)
+                or (isinstance(spec, UserInput) and spec.index in written)
+            )
+        }
+        self.has_carried = len(kept) != len(part.saved)
+        self._depends = _tangent_dependence(part)
+        self.updates_rule_state = any(isinstance(s, StateUpdate) for s in (*outputs, *part.backward_outputs))
+        self.uses_counter = Counter() in self.positions
+
+    def __call__(self, fetch: Callable[[InputSpec], Any], on_backward: Callable[[Any, Any], None]) -> list[Any]:
+        """Run the forward stage, recording the backward for autograd.
+
+        Args:
+            fetch: Value of an input.
+            on_backward: Called in the backward with the specification and value of results that are no gradients.
+
+        Returns:
+            The results of the forward; `partition.forward_outputs` says which is what.
+        """
+        values = [fetch(spec) for spec in self.partition.forward_inputs]
+        if not self.differentiable:
+            return list(self.run_forward(values))
+        tensors = [
+            values[p] if p >= 0 else fetch(spec) for p, spec in zip(self._diff_slots, self.differentiable, strict=True)
+        ]
+        return list(_Apply.apply(self, values, on_backward, *tensors))  # type: ignore[no-untyped-call]
+
+    def run_forward(self, values: list[Any]) -> Sequence[Any]:
+        """The forward stage alone, without a gradient."""
+        with torch.no_grad():
+            return self._run(self.forward, values)[: self.partition.result_count]
+
+    @staticmethod
+    def _run(run: Run, values: list[Any]) -> Sequence[Any]:
+        """Casts are nodes of the graph: an autocast that is active around the call must not add its own."""
+        active = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+        if not active:
+            return run(values)
+        for device in active:
+            torch.set_autocast_enabled(device, False)
+        try:
+            return run(values)
+        finally:
+            for device in active:
+                torch.set_autocast_enabled(device, True)
+
+
+class _Apply(torch.autograd.Function):
+    """Glue between a program and autograd: gradients reach `.grad` the way every tool of torch expects."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, values: list[Any], on_backward: Any, *tensors: torch.Tensor) -> Any:
+        part = program.partition
+        # autograd must see the tensors it was handed, not another reference to the same parameter
+        results = program._run(program.forward, values)
+        count = part.result_count
+        outputs, saved = list(results[:count]), list(results[count:])
+        for i in program._clone:
+            saved[i] = saved[i].clone()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*[saved[i] for i in program._tensor_saved])
+        ctx.others = [saved[i] for i in program._other_saved]
+        ctx.program, ctx.on_backward = program, on_backward
+        ctx.shapes = [
+            (o.shape, o.dtype, o.device) if program.tangent_slots[i] >= 0 else None for i, o in enumerate(outputs)
+        ]
+        plain = [outputs[i] for i in program.plain_outputs if isinstance(outputs[i], torch.Tensor)]
+        if plain:
+            ctx.mark_non_differentiable(*plain)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        program: Program = ctx.program
+        if torch.is_grad_enabled():
+            raise RuleError(
+                "double backward: the rewritten backward is not itself differentiable",
+                remedy="do not use create_graph=True; take second derivatives of compiled.module instead",
+            )
+        if ctx.others is None:
+            raise RuleError(
+                "a second backward through the same step: gradients that were computed in the forward are given away",
+                remedy="call loss() again; retain_graph=True cannot be used with local rules",
+            )
+        values = _interleave(program, ctx.saved_tensors, ctx.others)
+        # what was saved dies as the backward goes on, not when it is over
+        release_saved(ctx)
+        if program.has_carried:
+            ctx.others = None
+        tangents: list[Any] = [None] * len(program.partition.tangents)
+        missing = set()
+        for i, slot in enumerate(program.tangent_slots):
+            if slot < 0:
+                continue
+            given = cotangents[i]
+            if given is None:
+                shape, dtype, device = ctx.shapes[i]
+                given = torch.zeros(shape, dtype=dtype, device=device)
+                missing.add(slot)
+            tangents[slot] = given
+        values += tangents
+        results = program._run(program.backward, values)
+        grads: list[Any] = []
+        for spec, result, depends in zip(program.partition.backward_outputs, results, program._depends, strict=True):
+            if not isinstance(spec, Grad):
+                ctx.on_backward(spec, result)
+            else:
+                # what no used output depends on gets None, as in eager mode
+                grads.append(None if missing and depends and depends <= missing else result)
+        return (None, None, None, *grads)
+
+
+def _interleave(program: Program, tensors: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    saved: list[Any] = [None] * len(program.partition.saved)
+    for i, held in zip(program._tensor_saved, tensors, strict=True):
+        saved[i] = held
+    for i, held in zip(program._other_saved, others, strict=True):
+        saved[i] = held
+    return saved
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _tangent_dependence(part: Partition) -> list[frozenset[int]]:
+    """For each backward result: which tangents it depends on."""
+    numbers = {tangent: i for i, tangent in enumerate(part.tangents)}
+    depends: dict[Any, frozenset[int]] = {}
+    for node in part.graph.nodes:
+        if node.op == "placeholder":
+            spec = info(node).spec
+            depends[node] = frozenset([numbers[spec]]) if isinstance(spec, Tangent) else frozenset()
+        elif node.op != "output":
+            depends[node] = frozenset().union(*(depends[s] for s in node.all_input_nodes))
+    results = part.graph.outputs
+    return [depends[results[spec]] for spec in part.backward_outputs]

@@ -1,0 +1,133 @@
+"""The text form of passes: `quantize{bits=4,group=64}`; reading and writing it round-trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from graphrewrite.errors import RuleError
+from graphrewrite.registry import Kind, find, load
+
+_NAME = re.compile(r"\s*([A-Za-z_][\w-]*)\s*")
+_WORD = re.compile(r"[A-Za-z_][\w.*/:\-]*")
+
+
+def split_text(text: str) -> tuple[str, dict[str, Any]]:
+    """`"name{a=1,b=word}"` -> `("name", {"a": 1, "b": "word"})`. Values are JSON; a bare word is a string."""
+    match = _NAME.match(text)
+    if not match:
+        raise RuleError(f"{text!r} is no name", remedy="write name or name{option=value,...}")
+    name, rest = match[1].replace("-", "_"), text[match.end() :].strip()
+    if not rest:
+        return name, {}
+    if not (rest.startswith("{") and rest.endswith("}")):
+        raise RuleError(f"cannot read {text!r}", remedy="write options in braces: name{option=value,...}")
+    return name, _options(rest[1:-1], text)
+
+
+def _options(body: str, text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    decoder = json.JSONDecoder()
+    i = 0
+    while body[i:].strip():
+        key = re.match(r"\s*([A-Za-z_]\w*)\s*=\s*", body[i:])
+        if not key:
+            raise RuleError(f"cannot read the options of {text!r} at {body[i:]!r}", remedy="write option=value")
+        i += key.end()
+        word = _WORD.match(body, i)
+        if word and word[0] not in ("true", "false", "null", "NaN", "Infinity"):
+            value: Any = word[0]
+            i = word.end()
+        else:
+            try:
+                value, i = decoder.raw_decode(body, i)
+            except json.JSONDecodeError as error:
+                raise RuleError(
+                    f"cannot read the value of {key[1]!r} in {text!r}", remedy="values are JSON or a bare word"
+                ) from error
+        options[key[1]] = value
+        comma = re.match(r"\s*(,|$)", body[i:])
+        if not comma:
+            raise RuleError(f"expected a comma in {text!r} at {body[i:]!r}")
+        i += comma.end()
+    return options
+
+
+def build(kind: Kind, what: Any) -> Any:
+    """A pass object from a name, a text form, or an object that is one already."""
+    if not isinstance(what, str):
+        return what() if isinstance(what, type) else what
+    name, options = split_text(what)
+    factory = find(kind, name)
+    if not dataclasses.is_dataclass(factory):
+        if options:
+            return factory(**options)
+        return factory()
+    fields = {f.name: f for f in dataclasses.fields(factory) if f.init}
+    for option, given in options.items():
+        if option not in fields:
+            raise RuleError(
+                f"{kind} {name!r} has no option {option!r}",
+                remedy=f"its options are: {', '.join(fields) or 'none'}",
+            )
+        options[option] = _coerce(fields[option], given)
+    make: Any = factory
+    try:
+        return make(**options)
+    except (TypeError, ValueError) as error:
+        raise RuleError(f"{kind} {name!r}: {error}") from error
+
+
+def _coerce(field: dataclasses.Field[Any], given: Any) -> Any:
+    wants_callable = "Callable" in str(field.type)
+    if wants_callable and isinstance(given, str) and ":" in given:
+        return load(given)
+    if isinstance(given, list):
+        return tuple(given)
+    return given
+
+
+def to_text(thing: Any) -> str:
+    """The text form of a pass object: its name and the options that differ from their defaults."""
+    name = getattr(thing, "name", type(thing).__name__)
+    if not dataclasses.is_dataclass(thing):
+        return str(name)
+    shown = []
+    for field in dataclasses.fields(thing):
+        held = getattr(thing, field.name)
+        if not field.init or not field.repr or held == _default(field):
+            continue
+        shown.append(f"{field.name}={_value_text(held, f'{name}.{field.name}')}")
+    return f"{name}{{{','.join(shown)}}}" if shown else str(name)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return dataclasses.MISSING
+
+
+def _value_text(held: Any, where: str) -> str:
+    if isinstance(held, str):
+        plain = _WORD.fullmatch(held) and held not in ("true", "false", "null")
+        return held if plain else json.dumps(held)
+    if callable(held):
+        return _callable_text(held, where)
+    if isinstance(held, tuple):
+        return json.dumps(list(held))
+    try:
+        return json.dumps(held)
+    except TypeError:
+        return str(held)
+
+
+def _callable_text(held: Callable[..., Any], where: str) -> str:
+    qualname = getattr(held, "__qualname__", "")
+    if not qualname or "<" in qualname:
+        return f"<{where} has no text form: {qualname or type(held).__name__}>"
+    return f"{held.__module__}:{qualname}"

@@ -1,0 +1,5 @@
+"""Codecs for saved tensors, one file each, and the pass that applies them."""
+
+REGISTRY = {
+    "bf16": "graphrewrite.passes.compression.bf16:BFloat16",
+}

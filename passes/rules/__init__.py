@@ -1,0 +1,7 @@
+"""Learning rules, one file each. A new rule adds its name here and changes nothing else."""
+
+REGISTRY = {
+    "bp": "graphrewrite.passes.rules.bp:Backpropagation",
+    "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
+    "ff": "graphrewrite.passes.rules.ff:ForwardForward",
+}

@@ -1,0 +1,91 @@
+"""Common parts of rules whose blocks learn from objectives of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from graphrewrite.errors import RuleError
+from graphrewrite.graph.core import Block
+from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.nodes import LOSS_BLOCK, Target, UserInput, fix, info, is_float, value
+
+
+def rms_normalise(h: torch.Tensor) -> torch.Tensor:
+    """H / (RMS(h) + 1e-8), over all dimensions but the first: no mean is removed, there is no affine part."""
+    rms = h.square().mean(dim=tuple(range(1, h.dim())), keepdim=True).sqrt()
+    return h / (rms + 1e-8)
+
+
+def class_count(graph: JointGraph) -> int:
+    """The number of classes: the last dimension of the model's first output."""
+    if not graph.model_outputs:
+        raise RuleError("the model has no floating-point output, so the number of classes is unknown")
+    return fix(value(graph.model_outputs[0]).shape[-1])
+
+
+def label_input(graph: JointGraph) -> fx.Node:
+    """The targets as one integer class per sample."""
+    targets = [n for s, n in graph.inputs.items() if isinstance(s, Target)]
+    if not targets:
+        raise RuleError(
+            "this rule needs the targets in the graph", remedy="train with compiled.loss(x, y), give example_targets"
+        )
+    y = targets[0]
+    if len(targets) > 1 or is_float(y) or value(y).dim() != 1:
+        raise RuleError(
+            f"this rule needs one integer class per sample as target, got {value(y).dtype} of {value(y).dim()} "
+            "dimensions",
+            remedy="pass a 1-d int64 tensor of class indices",
+        )
+    return y
+
+
+def float_input(graph: JointGraph) -> fx.Node:
+    """The model's first floating-point input with a batch dimension."""
+    inputs = [n for s, n in graph.inputs.items() if isinstance(s, UserInput)]
+    for node in inputs:
+        if is_float(node) and value(node).dim() > 1:
+            return node
+    kinds = ", ".join(str(value(n).dtype) for n in inputs) or "none"
+    raise RuleError(
+        f"this rule writes labels into a floating-point input, the model's inputs are: {kinds}",
+        remedy="feed the embedding's output as input, or use another rule",
+    )
+
+
+def final_blocks(graph: JointGraph) -> set[str]:
+    """Blocks that compute an output of the model which the loss (or the caller) reads."""
+    return {info(n).block for n in graph.model_outputs} - {LOSS_BLOCK}
+
+
+def hidden_blocks(graph: JointGraph) -> list[Block]:
+    """The running rule's blocks that are no final ones.
+
+    Raises:
+        RuleError: There is none, or a block of another rule comes before one and would learn nothing.
+    """
+    final = final_blocks(graph)
+    hidden = [b for b in graph.rule_blocks() if b.name not in final]
+    if not hidden:
+        raise RuleError(
+            "a local rule needs at least one block before the one that computes the output",
+            remedy="choose finer blocks: blocks='layers' or a list of module globs",
+        )
+    return hidden
+
+
+def refuse_blocks_before(graph: JointGraph, rule_blocks: Sequence[Block], rule: str) -> None:
+    """Blocks of another rule in front of these would get no gradient: nothing comes back through a cut."""
+    mine = {b.name for b in rule_blocks}
+    first_foreign = next((b for b in graph.blocks if b.name not in mine), None)
+    last_mine = max(b.index for b in rule_blocks)
+    if first_foreign is not None and first_foreign.index < last_mine and first_foreign.name not in final_blocks(graph):
+        raise RuleError(
+            f"block {first_foreign.name} learns by {first_foreign.rule} but lies before blocks that learn by {rule}: "
+            "no cotangent would reach it",
+            module=first_foreign.name,
+            remedy=f"let {rule} train everything up to its last block",
+        )

@@ -1,0 +1,6 @@
+"""Passes that decide when things are computed, not what."""
+
+REGISTRY = {
+    "early_local_backward": "graphrewrite.passes.schedule.early_local_backward:EarlyLocalBackward",
+    "recompute_regions": "graphrewrite.passes.schedule.recompute_regions:RecomputeRegions",
+}

@@ -1,0 +1,28 @@
+"""Keep the promise of `torch.utils.checkpoint` inside a model: recompute a region instead of saving it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.nodes import info, is_backward
+from graphrewrite.pipeline import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class RecomputeRegions(Pass):
+    """Recompute in the backward what the user's model wraps in `torch.utils.checkpoint`.
+
+    Export inlines such regions; the gradients are the same, but everything inside would be saved. Of a random operator
+    its result stays saved (a dropout mask takes one byte per element), so the random numbers are the same.
+    """
+
+    name = "recompute_regions"
+    level = "aten"
+    preserves_numerics = True
+    summary = "recompute what the model wraps in torch.utils.checkpoint"
+
+    def run(self, graph: JointGraph) -> PassResult:
+        """Repeat the operators of all regions that the backward reads."""
+        inside = [n for n in graph.nodes if n.op == "call_function" and not is_backward(n) and info(n).region]
+        return PassResult(graph, bool(inside) and graph.recompute(inside) > 0)
