@@ -7,7 +7,6 @@ prints and dumps.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -166,15 +165,7 @@ class PassManager:
 
 def parse_pipeline(text: str) -> list[Pass]:
     """`"fold_views,eliminate_dead_code{...}"` -> passes. Commas inside braces and strings do not separate."""
-    parts, depth, start = [], 0, 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[{}\[\],]', text):
-        mark = token[0]
-        depth += (mark in "{[") - (mark in "}]")
-        if mark == "," and depth == 0:
-            parts.append(text[start : token.start()])
-            start = token.end()
-    parts.append(text[start:])
-    return [build_pass(part) for part in parts if part.strip()]
+    return [build_pass(part) for part in textform.split_commas(text)]
 
 
 def build_pass(what: Any) -> Pass:

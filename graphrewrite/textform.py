@@ -15,8 +15,21 @@ from graphrewrite.errors import RuleError
 from graphrewrite.registry import Kind, find, load
 
 _NAME = re.compile(r"\s*([A-Za-z_][\w-]*)\s*")
+_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],]')
 _JSON_WORDS = ("true", "false", "null", "NaN", "Infinity")
 _WORD = re.compile(r"[A-Za-z_][\w.*/:\-]*")
+
+
+def split_commas(text: str) -> list[str]:
+    """The parts between commas that are in no braces, brackets or strings."""
+    parts, depth, start = [], 0, 0
+    for token in _MARK.finditer(text):
+        mark = token[0]
+        depth += (mark in "{[") - (mark in "}]")
+        if mark == "," and depth == 0:
+            parts.append(text[start : token.start()])
+            start = token.end()
+    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
 
 
 def split_text(text: str) -> tuple[str, dict[str, Any]]:
