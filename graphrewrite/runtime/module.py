@@ -40,6 +40,7 @@ from graphrewrite.runtime.predictor import Predictor
 from graphrewrite.runtime.program import Program
 from graphrewrite.runtime.signature import Call, ModelWatch, flatten_call
 from graphrewrite.runtime.state import RuleState
+from graphrewrite.runtime.unoptimized import UntrainedStateWatch
 
 if TYPE_CHECKING:
     from graphrewrite.report.summary import Report
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 MAX_CAPTURES = 16
 _STATE_PREFIX = "_graphrewrite."
 _MODULE_PREFIX = "module."
+_COUNTER = "_extra_state"
 
 
 class CompiledModule(nn.Module):
@@ -70,6 +72,8 @@ class CompiledModule(nn.Module):
         self._rank: int | None = None
         self.losses: dict[str, torch.Tensor] = {}
         self._warned: set[str] = set()
+        learns = any(rule.learns_state for rule in options.rules.rules)
+        self._untrained = UntrainedStateWatch() if learns else None
         self._reset()
         self._register_state_dict_hook(_strip_module_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_module_prefix)  # type: ignore[no-untyped-call]
@@ -273,6 +277,8 @@ class CompiledModule(nn.Module):
         return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
     def _run(self, program: Program, call: Call) -> dict[Any, Any]:
+        if self._untrained is not None:
+            self._untrained.before_training(self.module, self._graphrewrite, str(self._options.rules))
         owner = weakref.ref(self)
 
         def on_backward(spec: Any, result: Any) -> None:
@@ -443,7 +449,11 @@ class CompiledModule(nn.Module):
         """Load a state of this module, or of the bare model (then the present rule state is kept)."""
         own = dict(state_dict)
         if not any(key.startswith(_STATE_PREFIX) for key in own):
-            own.update({key: held for key, held in self.state_dict().items() if key.startswith(_STATE_PREFIX)})
+            # the state of a bare model: the present rule state and counter stay
+            kept = self.state_dict().items()
+            own.update(
+                {key: held for key, held in kept if key.startswith((_STATE_PREFIX, _COUNTER)) and key not in own}
+            )
         return super().load_state_dict(own, strict=strict, assign=assign)
 
     def get_extra_state(self) -> dict[str, int]:
@@ -552,5 +562,5 @@ def _strip_module_prefix(module: nn.Module, state: dict[str, Any], prefix: str, 
 def _add_module_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_args: Any) -> None:
     for key in [k for k in state if k.startswith(prefix)]:
         rest = key[len(prefix) :]
-        if not rest.startswith((_STATE_PREFIX, "_extra_state")):
+        if not rest.startswith((_STATE_PREFIX, _COUNTER)):
             state[prefix + _MODULE_PREFIX + rest] = state.pop(key)
