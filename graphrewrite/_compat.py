@@ -7,6 +7,7 @@ that a new torch release says which one it broke.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import re
@@ -28,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
     free_unbacked_symbols,
+    statically_known_true,
 )
 from torch.fx.graph import _BoxedCodeGen
 
@@ -45,6 +47,7 @@ __all__ = [
     "free_unbacked_symbols",
     "functorch_wrapped",
     "make_fx",
+    "native_kernels",
     "patched_checkpoint",
     "patched_custom_functions",
     "preserve_annotations",
@@ -52,6 +55,7 @@ __all__ = [
     "recurrent_decompositions",
     "release_saved",
     "set_grad_wrapper",
+    "statically_known_true",
     "traced_graph",
 ]
 
@@ -151,6 +155,47 @@ def patched_checkpoint(region: Callable[[], contextlib.AbstractContextManager[An
     finally:
         torch_checkpoint._checkpoint_without_reentrant_generator = generator
         del function.apply
+
+
+_DECOMPOSED_WHEN_TRACED = re.compile(r"dropout|hardshrink|softshrink|multi_margin_loss|multilabel_margin|_?upsample_")
+_KEYS = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+@functools.cache
+def _python_decompositions() -> list[tuple[Any, dict[Any, Any]]]:
+    """Operators whose kernel is another one while they are traced, with those kernels."""
+    found: list[tuple[Any, dict[Any, Any]]] = []
+    for packet in [getattr(torch.ops.aten, n) for n in dir(torch.ops.aten) if _DECOMPOSED_WHEN_TRACED.match(n)]:
+        for overload in [getattr(packet, name) for name in packet.overloads()]:
+            kernels = {key: overload.py_kernels[key] for key in _KEYS if key in overload.py_kernels}
+            if kernels:
+                found.append((overload, kernels))
+    return found
+
+
+class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a function
+    """Let traced operators be those that eager mode runs.
+
+    Under the Python dispatcher torch replaces some (interpolation, dropout on the CPU) by formulas of its own, which
+    round differently.
+    """
+
+    _depth = 0
+
+    def __enter__(self) -> None:
+        if native_kernels._depth == 0:
+            for overload, kernels in _python_decompositions():
+                for key in kernels:
+                    del overload.py_kernels[key]
+                overload._dispatch_cache.clear()
+        native_kernels._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        native_kernels._depth -= 1
+        if native_kernels._depth == 0:
+            for overload, kernels in _python_decompositions():
+                overload.py_kernels.update(kernels)
+                overload._dispatch_cache.clear()
 
 
 @contextlib.contextmanager

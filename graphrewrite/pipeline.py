@@ -164,15 +164,8 @@ class PassManager:
 
 
 def parse_pipeline(text: str) -> list[Pass]:
-    """`"fold_views,eliminate_dead_code{...}"` -> passes. Commas inside braces do not separate."""
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "{[") - (c in "}]")
-        if c == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    parts.append(text[start:])
-    return [build_pass(part) for part in parts if part.strip()]
+    """`"fold_views,eliminate_dead_code{...}"` -> passes. Commas inside braces and strings do not separate."""
+    return [build_pass(part) for part in textform.split_commas(text)]
 
 
 def build_pass(what: Any) -> Pass:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from graphrewrite.errors import RuleError
 from graphrewrite.registry import Kind, find, load
 
 _NAME = re.compile(r"\s*([A-Za-z_][\w-]*)\s*")
+_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],]')
+_JSON_WORDS = ("true", "false", "null", "NaN", "Infinity")
 _WORD = re.compile(r"[A-Za-z_][\w.*/:\-]*")
+
+
+def split_commas(text: str) -> list[str]:
+    """The parts between commas that are in no braces, brackets or strings."""
+    parts, depth, start = [], 0, 0
+    for token in _MARK.finditer(text):
+        mark = token[0]
+        depth += (mark in "{[") - (mark in "}]")
+        if mark == "," and depth == 0:
+            parts.append(text[start : token.start()])
+            start = token.end()
+    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
 
 
 def split_text(text: str) -> tuple[str, dict[str, Any]]:
@@ -38,7 +55,7 @@ def _options(body: str, text: str) -> dict[str, Any]:
             raise RuleError(f"cannot read the options of {text!r} at {body[i:]!r}", remedy="write option=value")
         i += key.end()
         word = _WORD.match(body, i)
-        if word and word[0] not in ("true", "false", "null", "NaN", "Infinity"):
+        if word and word[0] not in _JSON_WORDS:
             value: Any = word[0]
             i = word.end()
         else:
@@ -67,13 +84,20 @@ def build(kind: Kind, what: Any) -> Any:
             return factory(**options)
         return factory()
     fields = {f.name: f for f in dataclasses.fields(factory) if f.init}
+    hints = typing.get_type_hints(factory)
     for option, given in options.items():
         if option not in fields:
             raise RuleError(
                 f"{kind} {name!r} has no option {option!r}",
                 remedy=f"its options are: {', '.join(fields) or 'none'}",
             )
-        options[option] = _coerce(fields[option], given)
+        try:
+            options[option] = _coerce(hints[option], given)
+        except (TypeError, ValueError) as error:
+            raise RuleError(
+                f"{kind} {name!r}: option {option}={json.dumps(given)} does not fit: {error}",
+                remedy=f"{option} is {fields[option].type}",
+            ) from error
     make: Any = factory
     try:
         return make(**options)
@@ -81,13 +105,56 @@ def build(kind: Kind, what: Any) -> Any:
         raise RuleError(f"{kind} {name!r}: {error}") from error
 
 
-def _coerce(field: dataclasses.Field[Any], given: Any) -> Any:
-    wants_callable = "Callable" in str(field.type)
-    if wants_callable and isinstance(given, str) and ":" in given:
-        return load(given)
-    if isinstance(given, list):
-        return tuple(given)
+def _coerce(wanted: Any, given: Any) -> Any:
+    """A JSON value as an option's type.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return _first_fit(arguments, given)
+    if origin is typing.Literal:
+        return given  # rules name the words they know themselves
+    if wanted is collections.abc.Callable or origin is collections.abc.Callable:
+        return _callable(given)
+    if origin is tuple and isinstance(given, (list, tuple)):
+        kinds = [arguments[0]] * len(given) if arguments[1:] == (...,) else list(arguments)
+        if len(kinds) != len(given):
+            raise ValueError(f"{len(kinds)} values are due")
+        return tuple(_coerce(kind, one) for kind, one in zip(kinds, given, strict=True))
+    if wanted is float and type(given) is int:
+        return given
+    if wanted in (int, float, bool, str, type(None)) and type(given) is not wanted:
+        raise ValueError(f"expected {wanted.__name__}, got {type(given).__name__}")
+    if origin in (tuple, list, dict) and not isinstance(given, origin):
+        raise ValueError(f"expected {origin.__name__}, got {type(given).__name__}")
     return given
+
+
+def _first_fit(kinds: Sequence[Any], given: Any) -> Any:
+    exact = [kind for kind in kinds if type(given) is kind]
+    problem: Exception = ValueError("no type fits")
+    for kind in (*exact, *kinds):
+        try:
+            return _coerce(kind, given)
+        except ValueError as error:
+            problem = error
+    raise problem
+
+
+def _callable(given: Any) -> Any:
+    if callable(given):
+        return given
+    if not isinstance(given, str) or ":" not in given:
+        raise ValueError('a callable is written "package.module:qualname"')
+    try:
+        found = load(given)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{given}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{given} cannot be called")
+    return found
 
 
 def to_text(thing: Any) -> str:
@@ -114,7 +181,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _value_text(held: Any, where: str) -> str:
     if isinstance(held, str):
-        plain = _WORD.fullmatch(held) and held not in ("true", "false", "null")
+        plain = _WORD.fullmatch(held) and held not in _JSON_WORDS
         return held if plain else json.dumps(held)
     if callable(held):
         return _callable_text(held, where)

@@ -15,8 +15,9 @@ import torch
 
 from graphrewrite import registry
 from graphrewrite.cli.app import app
-from graphrewrite.cli.options import several_rules, split_list
+from graphrewrite.cli.options import several_rules
 from graphrewrite.errors import GraphRewriteError
+from graphrewrite.textform import split_commas
 
 TARGETS = str(pathlib.Path(__file__).with_name("targets.py"))
 FAST = ("--epochs", "1", "--batch", "20", "--rate", "0.02", "--threads", "1")
@@ -192,7 +193,7 @@ def test_rules_are_read_one_by_one_and_globs_as_one_map() -> None:
 
 
 def test_commas_in_braces_do_not_separate() -> None:
-    assert split_list("bp, ff{peer=0,threshold=2},dfa") == ["bp", "ff{peer=0,threshold=2}", "dfa"]
+    assert split_commas("bp, ff{peer=0,threshold=2},dfa") == ["bp", "ff{peer=0,threshold=2}", "dfa"]
 
 
 def test_names_may_have_hyphens(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

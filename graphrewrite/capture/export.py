@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from graphrewrite._compat import (
     annotate,
     eager_branches,
+    native_kernels,
     patched_checkpoint,
     patched_custom_functions,
     preserve_annotations,
@@ -169,6 +170,7 @@ def _faithful_export() -> Iterator[None]:
     regions = iter(range(1 << 30))
     with (
         quiet_export(),
+        native_kernels(),
         preserve_annotations(),
         watching_hooks(),
         patched_custom_functions(custom_operator),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from graphrewrite.cli.options import Blocks, Debug, Html, Json, Loss, Seed, blocks_of, split_list
+from graphrewrite.cli.options import Blocks, Debug, Html, Json, Loss, Seed, blocks_of
 from graphrewrite.cli.show import (
     human_bytes,
     messages,
@@ -28,6 +28,7 @@ from graphrewrite.cli.show import (
     yes_no,
 )
 from graphrewrite.errors import GraphRewriteError, RuleError
+from graphrewrite.textform import split_commas
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,7 +113,7 @@ def compare(
         found = held_out or Dataset(own, own)
         described, judged_on = "the target's own batch", "held-out fifth" if held_out else "training set"
     with _threads(threads or (1 if target is None and name is DataName.digits else None)):
-        _run(loaded, found, budget, split_list(rules or ""), described, judged_on, html, as_json)
+        _run(loaded, found, budget, split_commas(rules or ""), described, judged_on, html, as_json)
 
 
 def demo(

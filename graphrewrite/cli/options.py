@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from graphrewrite.textform import split_commas
+
 
 class Level(StrEnum):
     """The level at which a graph is shown."""
@@ -89,15 +91,4 @@ def several_rules(texts: Sequence[str] | None) -> list[str | dict[str, str]]:
 
 def blocks_of(text: str) -> str | list[str]:
     """What `--blocks` says, as `compile` takes it."""
-    return text if text in ("auto", "layers") else split_list(text)
-
-
-def split_list(text: str) -> list[str]:
-    """The parts between commas that are in no braces or brackets."""
-    parts, depth, start = [], 0, 0
-    for i, character in enumerate(text):
-        depth += (character in "{[") - (character in "}]")
-        if character == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
+    return text if text in ("auto", "layers") else split_commas(text)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from graphrewrite.graph.nodes import is_getitem, value
+from graphrewrite.graph.nodes import is_backward, is_getitem, value
 
 aten = torch.ops.aten
 
@@ -65,14 +65,31 @@ def view_chain(node: fx.Node) -> list[fx.Node]:
     return chain[::-1]
 
 
+def views_of(node: fx.Node) -> list[fx.Node]:
+    """The forward's views of a value, and their views, each behind what it looks at."""
+    found: list[fx.Node] = []
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            views = is_view(user) or (is_getitem(user) and is_view(user.args[0]))  # type: ignore[arg-type]
+            if views and not is_backward(user) and user not in found:
+                found.append(user)
+                stack.append(user)
+    return found
+
+
 def mutated_bases(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Owners of memory that an in-place operator writes to."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        for argument, given in zip(schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, fx.Node):
-                found.add(base_of(given))
-    return found
+    return {base for node in nodes for base in written_bases(node)}
+
+
+def written_bases(node: fx.Node) -> list[fx.Node]:
+    """Owners of the memory that one operator writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    return [
+        base_of(given)
+        for argument, given in zip(schema.arguments, node.args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, fx.Node)
+    ]

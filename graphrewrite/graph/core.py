@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import fx
 
-from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx
+from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels
 from graphrewrite.errors import RuleError
+from graphrewrite.graph.aliasing import base_of, written_bases
 from graphrewrite.graph.nodes import (
     BACKWARD_ROLES,
     Constant,
@@ -209,6 +210,7 @@ class GraphCore:
         with (
             shape_env.ignore_fresh_unbacked_symbols() if forget else contextlib.nullcontext(),  # type: ignore[union-attr]
             self.fake_mode,
+            native_kernels(),
             enable_python_dispatcher(),
             torch.amp.autocast("cpu", enabled=False),
             torch.amp.autocast("cuda", enabled=False),
@@ -348,18 +350,15 @@ class GraphCore:
             given = iter(tensors)
             out = fn(*[None if n is None else next(given) for n in inputs])
             leaves, spec = torch.utils._pytree.tree_flatten(out)
-            structure.append(
-                (spec, [leaf if not isinstance(leaf, (torch.Tensor, torch.SymInt)) else None for leaf in leaves])
-            )
-            return [leaf for leaf in leaves if isinstance(leaf, (torch.Tensor, torch.SymInt))]
+            structure.append((spec, [(_is_traced(leaf), leaf) for leaf in leaves]))
+            return [leaf for leaf in leaves if _is_traced(leaf)]
 
         with self.tracing(), contextlib.nullcontext() if not whole else torch.no_grad():
             traced = make_fx(flat, tracing_mode="real", pre_dispatch=whole, _allow_non_fake_inputs=True)(*fakes)
         results = self.inline(traced, slots, like=like)
-        spec, constants = structure[-1]
+        spec, made = structure[-1]
         given = iter(results)
-        leaves = [next(given) if constant is None else constant for constant in constants]
-        return torch.utils._pytree.tree_unflatten(leaves, spec)
+        return torch.utils._pytree.tree_unflatten([next(given) if traced else held for traced, held in made], spec)
 
     def _alias_free(self, val: Any) -> Any:
         """Fresh fakes for tensors: one object twice would be one placeholder in the trace."""
@@ -448,10 +447,16 @@ class GraphCore:
             backward_only: Leave the forward alone: a verb may still be about to read what nothing reads yet.
         """
         removed = 0
+        read_later: set[fx.Node] = set()
         for node in reversed(list(self.nodes)):
-            if node.op not in ("call_function", "get_attr") or node.users:
+            if node.op == "output":
+                read_later.update(base_of(source) for source in node.all_input_nodes)
+            if node.op not in ("call_function", "get_attr"):
                 continue
-            if not is_backward(node) and (backward_only or is_impure(node)):
+            kept = bool(node.users) or (not is_backward(node) and (backward_only or is_impure(node)))
+            # an in-place operator is read through the memory that it writes to
+            if kept or not read_later.isdisjoint(written_bases(node)):
+                read_later.update(base_of(source) for source in node.all_input_nodes)
                 continue
             self._forget(node)
             self.graph.erase_node(node)
@@ -537,6 +542,10 @@ class GraphCore:
     def __repr__(self) -> str:
         ops = sum(1 for n in self.nodes if n.op == "call_function")
         return f"<{type(self).__name__} level={self.level} operators={ops} blocks={len(self.blocks)}>"
+
+
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, (torch.Tensor, torch.SymInt))
 
 
 _NO_OPS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)

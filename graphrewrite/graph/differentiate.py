@@ -11,8 +11,9 @@ the consumers), so that sums are bitwise those of eager mode.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,6 +109,7 @@ class Backward:
         self._sums: dict[fx.Node, _Sum] = {}
         self._live: set[fx.Node] = set()
         self._gone: set[fx.Node] = set()
+        self._own: set[fx.Node] = set()
         self._tapes: dict[fx.Node, Tape | None] = {}
         self._requires: dict[fx.Node, bool] = {}
         self._weightlike: dict[fx.Node, bool] = {}
@@ -255,6 +257,7 @@ class Backward:
             known.pop(node, None)
         if self.cuts:
             self.cuts = {edge for edge in self.cuts if node not in edge}
+        self._own.discard(node)
         if is_backward(node):
             self._gone.add(node)
 
@@ -319,28 +322,36 @@ class Backward:
             self._sums.pop(node, None)
             return
         total = arrived[0]
-        for term in arrived[1:]:
-            like = info(total).but(
-                role=Role.ACCUMULATE, block=self._block_of(node), cotangent_of=node, mirrors=producer(node)
-            )
-            total = self.graph.emit(
-                torch.ops.aten.add.Tensor, (total, term), like=like, name=f"acc_{node.name}", val=self._like(node)
-            )
+        with self._owning():
+            for term in arrived[1:]:
+                like = info(total).but(
+                    role=Role.ACCUMULATE, block=self._block_of(node), cotangent_of=node, mirrors=producer(node)
+                )
+                total = self.graph.emit(
+                    torch.ops.aten.add.Tensor, (total, term), like=like, name=f"acc_{node.name}", val=self._like(node)
+                )
         self._sums[node] = _Sum(arrived, total)
         if old is not None and old is not total:
-            chain = self._chain(total, arrived)
-            old.replace_all_uses_with(total, delete_user_cb=lambda user: user not in chain)
+            self._hand_over(old, total)
 
-    @staticmethod
-    def _chain(total: fx.Node, terms: tuple[fx.Node, ...]) -> set[fx.Node]:
-        chain: set[fx.Node] = set()
-        stack = [total]
-        while stack:
-            node = stack.pop()
-            if node not in terms and node not in chain:
-                chain.add(node)
-                stack.extend(n for n in node.all_input_nodes if info(n).role is Role.ACCUMULATE)
-        return chain
+    def _hand_over(self, old: fx.Node, new: fx.Node) -> None:
+        """Let what rules made of a cotangent (a signal, a tap) read its successor.
+
+        Not the table's own nodes: each of them reads what its row says, and one node may be the cotangent of two
+        values.
+        """
+        own = self._own
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in own)
+
+    @contextlib.contextmanager
+    def _owning(self) -> Iterator[None]:
+        """What is added to the graph in here is the table's own."""
+        last = self.graph.output_node.prev
+        yield
+        node = last.next
+        while node is not self.graph.output_node:
+            self._own.add(node)
+            node = node.next
 
     def _block_of(self, node: fx.Node) -> str:
         """A leaf belongs to no block; its gradient is computed where it is first used."""
@@ -370,14 +381,22 @@ class Backward:
             )
             if (row.cotangents, row.active) != (cotangents, active):
                 old = row.results
-                row.results = self._materialise(row, cotangents, active, tape) if active else {}
+                with self._owning():
+                    row.results = self._materialise(row, cotangents, active, tape) if active else {}
                 row.cotangents, row.active = cotangents, active
                 for position, before in old.items():
                     if position in row.results:
-                        before.replace_all_uses_with(row.results[position])
+                        self._hand_over(before, row.results[position])
             by_position.update(row.results)
-        for position in sorted(by_position):
+        for position in self._arrival(inputs, sorted(by_position), tape):
             terms.setdefault(inputs[position], []).append(by_position[position])
+
+    def _arrival(self, inputs: Sequence[fx.Node], positions: list[int], tape: Tape) -> list[int]:
+        """The order in which cotangents are added where one value stands at several positions."""
+        if len({inputs[p] for p in positions}) == len(positions):
+            return positions
+        with self.graph.tracing():
+            return tape.arrival(positions)
 
     def _materialise(
         self, row: Pullback, cotangents: tuple[fx.Node | None, ...], active: tuple[int, ...], tape: Tape
@@ -478,6 +497,7 @@ class Backward:
         other.seeds = {env[v]: [env[s] for s in seeds] for v, seeds in self.seeds.items()}
         other.cuts = {(env[v], env[c]) for v, c in self.cuts}
         other._sums = {env[v]: _Sum(moved(s.terms), env[s.total]) for v, s in self._sums.items()}  # type: ignore[arg-type]
+        other._own = {env[n] for n in self._own}
         other._requires = {env[n]: known for n, known in self._requires.items() if n in env}
         for op, rows in self.pullbacks.items():
             other.pullbacks[env[op]] = [

@@ -29,6 +29,7 @@ import torch
 from torch import fx
 
 from graphrewrite.errors import RuleError
+from graphrewrite.graph.aliasing import views_of
 from graphrewrite.graph.core import GraphCore, StateInit
 from graphrewrite.graph.differentiate import Backward, Part, Pullback
 from graphrewrite.graph.nodes import (
@@ -210,11 +211,15 @@ class JointGraph(GraphCore):
         outputs = self.outputs
         previous = outputs.get(Loss())
         have_terms = any(isinstance(spec, LossTerm) for spec in outputs)
-        outputs[term] = node
+        reported = outputs.get(term)
+        like = NodeInfo(role=Role.LOSS, block=LOSS_BLOCK)
+        if reported is None:
+            outputs[term] = node
+        else:
+            outputs[term] = self.emit(torch.ops.aten.add.Tensor, (reported, node), like=like)
         if previous is None or not have_terms:
             outputs[Loss()] = node
         else:
-            like = NodeInfo(role=Role.LOSS, block=LOSS_BLOCK)
             wanted, dtype = value(previous).dtype, value(node).dtype
             if dtype != wanted:
                 node = self.emit(torch.ops.aten._to_copy.default, (node,), {"dtype": wanted}, like=like)
@@ -337,6 +342,8 @@ class JointGraph(GraphCore):
         self.sort()
         if self.backward is not None:
             table = self.backward
+            cut = {edge for edge in table.cuts if edge[0] is node and edge[1] in users}
+            table.cuts = table.cuts - cut | {(new, user) for _, user in cut}
             if table.requires_grad(new) != table.requires_grad(node):
                 table.invalidate(new)
             table.propagate()
@@ -404,6 +411,11 @@ class JointGraph(GraphCore):
         """
         spec = State(name, trainable)
         existing = self.inputs.get(spec)
+        if State(name, not trainable) in self.inputs:
+            raise RuleError(
+                f"state {name} exists and is {'fixed' if trainable else 'learned'}: it cannot be both",
+                remedy="use another name",
+            )
         sizes = tuple(shape)
         if any(not isinstance(s, int) for s in sizes):
             raise RuleError(
@@ -447,7 +459,7 @@ class JointGraph(GraphCore):
     # --- saved values, taps ----------------------------------------------------------------------------------------
 
     def encode_saved(self, node: fx.Node, codec: Codec) -> list[fx.Node]:
-        """Let the backward read a value from `codec`'s encoding; the forward reads it as it is.
+        """Let the backward read a value, and views of it, from `codec`'s encoding; the forward reads it as it is.
 
         ATen level only: there every value that the backward reads is visible.
 
@@ -456,14 +468,15 @@ class JointGraph(GraphCore):
         """
         if self.level != "aten":
             raise RuleError("encode_saved works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
-        readers = [user for user in node.users if is_backward(user)]
-        if not readers:
+        aliases = [node, *views_of(node)]
+        readers = {alias: [user for user in alias.users if is_backward(user)] for alias in aliases}
+        first = next((users[0] for users in readers.values() if users), None)
+        if first is None:
             return []
         own = info(node).but(mirrors=None)
         made = self.splice(codec.encode, [node], like=own, whole=False)
         residuals = list(made) if isinstance(made, (tuple, list)) else [made]
-        like_info = info(readers[0])
-        back = own.but(role=Role.COTANGENT, mirrors=like_info.mirrors)
+        back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors)
 
         def decode(*stored: torch.Tensor) -> torch.Tensor:
             return codec.decode(stored, value(node))
@@ -471,8 +484,14 @@ class JointGraph(GraphCore):
         decoded = self.splice(decode, residuals, like=back, whole=False)
         if tuple(value(decoded).shape) != tuple(value(node).shape) or value(decoded).dtype != value(node).dtype:
             raise RuleError(f"{codec} decodes to another shape or dtype", node=node.name, module=own.module)
-        for reader in readers:
-            reader.replace_input_with(node, decoded)
+        standing = {node: decoded}
+        for alias in aliases[1:]:
+            args, kwargs = fx.map_arg((alias.args, alias.kwargs), lambda n: standing.get(n, n))
+            standing[alias] = self.emit(alias.target, args, kwargs, like=back, val=alias.meta["val"])  # type: ignore[arg-type]
+        for alias, users in readers.items():
+            for user in users:
+                user.replace_input_with(alias, standing[alias])
+        self.prune(backward_only=True)
         self.sort()
         return residuals
 

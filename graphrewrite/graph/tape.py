@@ -90,3 +90,25 @@ class Tape:
         for (i, _), grad in zip(leaves, found, strict=True):
             grads[i] = grad
         return grads
+
+    def arrival(self, positions: Sequence[int]) -> list[int]:
+        """`positions` in the order in which autograd's engine hands on their cotangents.
+
+        An operator that autograd takes apart (attention in its plain form) does not deliver in the order of its
+        arguments; where one value stands at several, the order decides how their sum is rounded.
+        """
+        arrived: list[int] = []
+        leaves = [self._leaves[p] for p in positions if p in self._leaves]
+        outs = [self.outputs[i] for i in sorted(self.requires_grad())]
+        handles = [self._leaves[p].register_hook(_noting(arrived, p)) for p in positions if p in self._leaves]
+        torch.autograd.grad(outs, leaves, [torch.empty_like(o) for o in outs], retain_graph=True, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+        return arrived + [p for p in positions if p not in arrived]
+
+
+def _noting(arrived: list[int], position: int) -> Callable[[torch.Tensor], None]:
+    def note(_: torch.Tensor) -> None:
+        arrived.append(position)
+
+    return note

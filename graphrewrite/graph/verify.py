@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from graphrewrite._compat import statically_known_true
 from graphrewrite.errors import GraphRewriteError, VerifyError
 from graphrewrite.graph.nodes import Grad, NodeInfo, Role, hint, info, is_backward, is_fake, spec_of, value
 from graphrewrite.graph.ops import VjpCall, call_operator, is_random, is_vjp
@@ -152,6 +153,10 @@ def _same(node: fx.Node, recorded: Any, computed: Any) -> None:
         for r, c in zip(recorded, computed, strict=True):
             _same(node, r, c)
         return
+    if isinstance(recorded, torch.SymInt):
+        if not _equal_size(recorded, computed):
+            raise _fail(f"its recorded value is {recorded}, it computes {computed}", node)
+        return
     if not isinstance(recorded, torch.Tensor):
         return
     if not is_fake(recorded):
@@ -169,21 +174,20 @@ def _same(node: fx.Node, recorded: Any, computed: Any) -> None:
 
 
 def _equal_sizes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    sizes: list[tuple[Any, Any]] = list(zip(left.shape, right.shape, strict=True))
-    for a, b in sizes:
-        if isinstance(a, int) and isinstance(b, int):
-            if a != b:
-                return False
-        elif str(a) != str(b) and not _statically_equal(a, b):
-            return False
-    return True
+    return all(_equal_size(a, b) for a, b in zip(left.shape, right.shape, strict=True))
 
 
-def _statically_equal(a: torch.SymInt | int, b: torch.SymInt | int) -> bool:
-    """Equality of symbolic sizes without adding a guard."""
+def _equal_size(a: torch.SymInt | int, b: torch.SymInt | int) -> bool:
+    """Equality of sizes, without adding a guard."""
+    if str(a) == str(b):
+        return True
+    if isinstance(a, int) and isinstance(b, int):
+        return False
     if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in (a, b)):
         return True  # a size that depends on data is a new symbol each time it is computed
-    # sizes without a provable relation (floor divisions) are compared at the example's values
+    if isinstance(a, int) or isinstance(b, int):
+        return statically_known_true(a == b)  # the example's number in the place of a symbol is wrong for the next
+    # symbolic sizes without a provable relation (floor divisions) are compared at the example's values
     return hint(a) == hint(b)
 
 

@@ -75,5 +75,5 @@ def _frozen(arg: Any) -> Any:
     if isinstance(arg, dict):
         return tuple(sorted((k, _frozen(v)) for k, v in arg.items()))
     if isinstance(arg, (bool, int, float)):
-        return (type(arg), arg)  # 1, 1.0 and True are equal in Python but not to an operator
+        return (type(arg), repr(arg))  # 1, 1.0 and True, and 0.0 and -0.0, are equal in Python, not to an operator
     return arg
