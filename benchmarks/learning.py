@@ -28,9 +28,9 @@ from common import write
 from torch import nn
 
 from graphrewrite import datasets
-from graphrewrite.cli.options import split_list
 from graphrewrite.cli.show import progress
 from graphrewrite.datasets import Dataset, Split
+from graphrewrite.textform import split_commas
 from graphrewrite.training import Budget, Learner, side_by_side, steps_of, take, train
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     )
     data = prepared(datasets.mnist(given.data), setting.samples, given.device)
     rows: list[dict[str, Any]] = []
-    for name in split_list(given.rules):
+    for name in split_commas(given.rules):
         rows.append(run(name, given, setting, data))
         # after every rule: hours of training are not lost with the next one
         path = write("learning" if given.setting == "small" else "learning_full", rows)
