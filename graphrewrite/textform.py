@@ -133,6 +133,8 @@ def _coerce(wanted: Any, given: Any) -> Any:
 
 
 def _first_fit(kinds: Sequence[Any], given: Any) -> Any:
+    if given is not None:
+        kinds = [kind for kind in kinds if kind is not types.NoneType]
     exact = [kind for kind in kinds if type(given) is kind]
     problem: Exception = ValueError("no type fits")
     for kind in (*exact, *kinds):

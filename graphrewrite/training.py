@@ -45,8 +45,9 @@ class Budget:
     Attributes:
         epochs: Passes over the training set.
         batch: Samples per step; what is left over at the end of an epoch is not used in it.
-        rate: Learning rate of Adam at the start; it falls linearly to zero.
+        rate: Learning rate of Adam at the start.
         rates: Rule name -> another learning rate at the start.
+        cooldown: Over which last share of the steps the rate falls linearly to zero; 0: it does not fall.
         seed: Seed of the batches' order and of the rules' state.
     """
 
@@ -54,6 +55,7 @@ class Budget:
     batch: int = 64
     rate: float = 3e-3
     rates: Mapping[str, float] = field(default_factory=dict)
+    cooldown: float = 1.0
     seed: int = 0
 
 
@@ -172,6 +174,7 @@ def train(
     budget: Budget,
     *,
     on_step: Callable[[], None] | None = None,
+    on_point: Callable[[], None] | None = None,
 ) -> None:
     """Train all learners on the same batches, interleaved, and measure them on the way.
 
@@ -180,6 +183,7 @@ def train(
         data: Training and test set; inputs and targets may be any tree of tensors that share their first size.
         budget: As given to `side_by_side`.
         on_step: Called after every step of all learners: for progress bars.
+        on_point: Called after every measurement of all learners.
     """
     count = sample_count(data.train)
     probe = take(data.train, torch.arange(min(count, 256))) if count else data.train
@@ -187,9 +191,12 @@ def train(
     accuracy(learners[0].compiled, probe)
     total = steps_of(data.train, budget)
     every = max(1, budget.epochs // POINTS)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(one.optimizer, lambda step: max(0.0, 1.0 - step / total)) for one in learners
-    ]
+
+    def factor(step: int) -> float:
+        left = max(0.0, 1.0 - step / total)
+        return min(1.0, left / budget.cooldown) if budget.cooldown else 1.0
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one.optimizer, factor) for one in learners]
     generator = torch.Generator().manual_seed(budget.seed)
     turn = 0
     for epoch in range(1, budget.epochs + 1):
@@ -204,6 +211,8 @@ def train(
         if epoch % every == 0 or epoch == budget.epochs:
             for one in learners:
                 one.points.append(measure(one, epoch, probe, data.test, total // budget.epochs))
+            if on_point is not None:
+                on_point()
         for one in learners:
             one.loss_sum = 0.0
 

@@ -88,6 +88,7 @@ command("compare", TRAIN, compare.compare)
 command("demo", TRAIN, compare.demo)
 command("rules", LIST, listing.rules)
 command("passes", LIST, listing.passes)
+command("codecs", LIST, listing.codecs)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""`graphrewrite rules` and `graphrewrite passes`: what the registry knows."""
+"""`graphrewrite rules`, `passes` and `codecs`: what the registry knows."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,23 @@ def passes(as_json: Json = False, debug: Debug = False) -> None:
             print_lines([Text(entry["name"], style="bold cyan"), _options(entry), Text("")])
 
 
+def codecs(as_json: Json = False, debug: Debug = False) -> None:
+    """List the codecs: how a saved tensor can be stored."""
+    entries = catalogue("codec", ("summary", "paper"))
+    if as_json:
+        print_json({"codecs": entries})
+        return
+    overview = table(["codec", "from", "summary"])
+    for entry in entries:
+        row(overview, entry["name"], entry["origin"], entry["summary"] or "")
+    print_table("", overview)
+    for entry in entries:
+        if entry["options"]:
+            print_lines([Text(entry["name"], style="bold cyan"), _options(entry), Text("")])
+
+
 def catalogue(kind: Kind, attributes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Every registered rule or pass: its name, where it comes from, class attributes and options.
+    """Every registered rule, pass or codec: its name, where it comes from, class attributes and options.
 
     One that cannot be loaded (a plugin that lacks something) is listed with the reason as its summary.
     """
@@ -63,6 +79,8 @@ def catalogue(kind: Kind, attributes: tuple[str, ...]) -> list[dict[str, Any]]:
             entry["summary"] = f"cannot be loaded: {type(error).__name__}: {error}"
         else:
             entry.update({key: _plain(getattr(found, key, None)) for key in attributes})
+            # what has no summary is told by the first line of its docstring
+            entry["summary"] = entry["summary"] or (inspect.getdoc(found) or "").partition("\n")[0].rstrip(".")
             entry["options"] = options_of(found)
         entries.append(entry)
     return entries

@@ -55,8 +55,10 @@ def print_table(title: str, shown: Table) -> None:
     out = console()
     if title:
         out.print(Text(title, style="bold"), soft_wrap=True)
-    out.print(shown)
-    out.print()
+    # rich fills every line up to the width of its table
+    with out.capture() as printed:
+        out.print(shown)
+    sys.stdout.write("\n".join(line.rstrip() for line in printed.get().splitlines()) + "\n\n")
 
 
 def row(into: Table, *cells: Any, style: str | None = None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -183,7 +185,7 @@ def _import_file(path: Path) -> ModuleType:
 def _load_exported(path: Path) -> tuple[nn.Module, Inputs]:
     if not path.is_file():
         raise GraphRewriteError(f"there is no file {path}", remedy=FORMS)
-    with warnings.catch_warnings(), quiet_export():
+    with warnings.catch_warnings(), quiet_export(), _logged("torch.export") as logged:
         # torch warns and logs about its own file format while it reads it
         warnings.simplefilter("ignore")
         try:
@@ -191,14 +193,44 @@ def _load_exported(path: Path) -> tuple[nn.Module, Inputs]:
             # with the modules of the model it was exported from, so that blocks and paths are the user's own
             model = torch.export.unflatten(program)
         except Exception as error:  # the reader of the format raises whatever a damaged file leads it to
-            raise GraphRewriteError(
-                f"{path} cannot be read as an exported program: {_in_short(error)}",
-                remedy="write it with torch.export.save, by the same version of torch",
-            ) from error
+            raise _unreadable(path, logged[-1] if logged else error) from error
     if program.example_inputs is None:
         raise GraphRewriteError(f"{path} holds no example inputs", remedy="export the model again with example inputs")
     args, kwargs = program.example_inputs
     return model, Inputs(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _logged(name: str) -> Iterator[list[BaseException]]:
+    """The exceptions that a logger is told of meanwhile, instead of its printing them."""
+    logger, held = logging.getLogger(name), list[BaseException]()
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            held.append(record.exc_info[1])
+        return False
+
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(keep)
+    try:
+        yield held
+    finally:
+        logger.removeFilter(keep)
+        logger.setLevel(level)
+
+
+def _unreadable(path: Path, error: BaseException) -> GraphRewriteError:
+    unregistered = re.search(r"Deserializing (\S+) in pytree is not registered", str(error))
+    if unregistered:
+        return GraphRewriteError(
+            f"{path} takes or returns {unregistered[1]}, which torch cannot rebuild from a file",
+            remedy="export it again with plain tuples and dicts, or name a factory that builds the model",
+        )
+    return GraphRewriteError(
+        f"{path} cannot be read as an exported program: {_in_short(error)}",
+        remedy="write it with torch.export.save, by the same version of torch",
+    )
 
 
 def _check(text: str, made: Any) -> tuple[nn.Module, Any, Any]:
@@ -212,6 +244,6 @@ def _check(text: str, made: Any) -> tuple[nn.Module, Any, Any]:
     return model, inputs, as_targets(targets[0]) if targets else None
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: BaseException) -> str:
     line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
