@@ -2,6 +2,11 @@
 
 REGISTRY = {
     "bp": "graphrewrite.passes.rules.bp:Backpropagation",
+    "brsf": "graphrewrite.passes.rules.brsf:BatchwiseSignFeedback",
     "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
+    "fa": "graphrewrite.passes.rules.fa:FeedbackAlignment",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
+    "frsf": "graphrewrite.passes.rules.frsf:FixedSignFeedback",
+    "kp": "graphrewrite.passes.rules.kp:KolenPollack",
+    "usf": "graphrewrite.passes.rules.usf:UniformSignFeedback",
 }
