@@ -441,17 +441,18 @@ class GraphCore:
 
     # --- keeping order -------------------------------------------------------------------------------------------
 
-    def prune(self, *, backward_only: bool = False) -> int:
+    def prune(self, *, backward_only: bool = False, impure: bool = False) -> int:
         """Remove operators that nothing reads; returns how many. Random operators of the forward stay.
 
         Args:
             backward_only: Leave the forward alone: a verb may still be about to read what nothing reads yet.
+            impure: Remove random and checking operators of the forward too: the graph no longer stands for the model.
         """
         removed = 0
         for node in reversed(list(self.nodes)):
             if node.op not in ("call_function", "get_attr") or node.users:
                 continue
-            if not is_backward(node) and (backward_only or is_impure(node)):
+            if not is_backward(node) and (backward_only or (is_impure(node) and not impure)):
                 continue
             self._forget(node)
             self.graph.erase_node(node)

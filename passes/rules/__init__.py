@@ -8,5 +8,7 @@ REGISTRY = {
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
     "frsf": "graphrewrite.passes.rules.frsf:FixedSignFeedback",
     "kp": "graphrewrite.passes.rules.kp:KolenPollack",
+    "pfa": "graphrewrite.passes.rules.pfa:ProductFeedbackAlignment",
     "usf": "graphrewrite.passes.rules.usf:UniformSignFeedback",
+    "weight_mirror": "graphrewrite.passes.rules.weight_mirror:WeightMirror",
 }

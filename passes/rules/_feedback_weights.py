@@ -21,7 +21,7 @@ from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Grad, NodeInfo, Param, Role, fix, flat_inputs, info, is_float, spec_of, value
+from graphrewrite.graph.nodes import NodeInfo, Param, Role, fix, flat_inputs, info, is_float, spec_of, value
 from graphrewrite.graph.ops import CONVOLUTIONS, MATMULS
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule, select
@@ -125,6 +125,7 @@ def output_axis(read: WeightRead) -> int:
     dims = value(node).dim()
     axis = 0
     if op.target in MATMULS and op.target is not aten.linear.default:
+        # a left factor has its outputs in rows, a right one in columns
         left = read.position == factors(op)[0]
         axis = max(dims - (2 if left else 1), 0)
     elif op.target in _TRANSPOSED or (op.target is aten.convolution.default and op.args[6]):
@@ -136,6 +137,33 @@ def output_axis(read: WeightRead) -> int:
         axis = step(node, axis)
         node = node.all_input_nodes[0]
     return axis
+
+
+def group_count(read: WeightRead) -> int:
+    """How many groups the outputs of an operator fall into, where they are numbered along the parameter's `output_axis`.
+
+    Transposed convolutions number the outputs of one group only, so theirs count as one.
+    """
+    target, args = read.op.target, read.op.args
+    if target not in CONVOLUTIONS or target in _TRANSPOSED:
+        return 1
+    if target is aten.convolution.default:
+        return 1 if args[6] else int(args[8])  # type: ignore[arg-type]
+    return int(args[6]) if len(args) > 6 else 1  # type: ignore[arg-type]
+
+
+def is_linear_in_parameters(operand: fx.Node) -> bool:
+    """Whether a value only rearranges and casts parameters."""
+    if operand.op != "call_function":
+        return True
+    return (operand.target in _LAYOUT or operand.target in _REARRANGE) and all(
+        is_linear_in_parameters(source) for source in operand.all_input_nodes if is_float_like(source)
+    )
+
+
+def is_float_like(node: fx.Node) -> bool:
+    """Whether a node is a floating-point tensor or a tuple of values."""
+    return is_float(node) or isinstance(value(node), (tuple, list))
 
 
 def _permuted(node: fx.Node, axis: int) -> int:
@@ -181,6 +209,19 @@ _LAYOUT: dict[Any, Callable[[fx.Node, int], int]] = {
     ),
 }
 
+_REARRANGE = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.unbind.int,
+}
 
 # --- rules ---------------------------------------------------------------------------------------------------------
 
@@ -306,6 +347,7 @@ def fill_weights(distribution: Distribution, std: float) -> Fill:
     return fill_feedback(distribution, std * math.sqrt(3.0))
 
 
-def learned_gradient(graph: JointGraph, weight: fx.Node) -> fx.Node | None:
-    """The gradient of a parameter in the graph; None if it has none."""
-    return graph.outputs.get(Grad(spec_of(weight)))  # type: ignore[arg-type]
+
+def same_on_all_ranks(counter: torch.Tensor) -> torch.Tensor:
+    """The counter with rank 0: feedback weights must not differ between the replicas of a model."""
+    return torch.cat([counter[:2], torch.zeros_like(counter[:1])])

@@ -14,6 +14,7 @@ from graphrewrite.passes.rules._feedback_weights import (
     WeightRead,
     deviation,
     feedback_info,
+    same_on_all_ranks,
 )
 from torch import fx
 
@@ -57,10 +58,11 @@ class BatchwiseSignFeedback(FeedbackRule):
 
         def feedback(w: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
             # |U[-b, b)| has the law of U[0, b)
+            shared = same_on_all_ranks(counter)
             if self.distribution == "uniform":
-                magnitude = random.uniform(counter, stream, w.shape, w.dtype) * (std * math.sqrt(3.0))
+                magnitude = random.uniform(shared, stream, w.shape, w.dtype) * (std * math.sqrt(3.0))
             else:
-                magnitude = random.normal(counter, stream, w.shape, w.dtype).abs() * std
+                magnitude = random.normal(shared, stream, w.shape, w.dtype).abs() * std
             return magnitude * w.sign()
 
         made: fx.Node = graph.splice(feedback, [weight, graph.counter()], like=feedback_info(read), whole=False)
