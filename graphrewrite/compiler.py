@@ -27,9 +27,9 @@ from graphrewrite.rule import RuleMap
 from graphrewrite.runtime.program import Program
 from graphrewrite.runtime.signature import make_guards
 
-Kind = Literal["forward", "loss", "evaluate", "predict"]
+Kind = Literal["forward", "loss", "evaluate", "predict", "feedback"]
 """`forward`: the model's outputs, with a backward; `loss`: the rule's loss, with a backward; `evaluate`: the same
-loss without one; `predict`: the rule's own forward."""
+loss without one; `predict`: the rule's own forward; `feedback`: the phase in which feedback weights learn."""
 
 Verification = Literal["off", "structure", "numeric"]
 
@@ -82,15 +82,21 @@ def build_program(
     for leaf, node in graph.inputs.items():
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
-    differentiate(graph, seeded=kind != "predict")
+    differentiate(graph, seeded=kind not in ("predict", "feedback"))
     for key, rule in rules:
         if kind == "predict":
             graph.current_rule, graph.current_pass = key, rule.name
             rule.rewrite_forward(graph)
+        elif kind == "feedback":
+            graph.current_rule, graph.current_pass = key, rule.name
+            rule.rewrite_feedback(graph)
         else:
             graph = pipeline.run([rule], graph, rule_key=key)
-    graph.prune()
-    graph = pipeline.run([p for p in options.passes if p.level == "operator"], graph)
+    if kind == "feedback":
+        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, StateUpdate)})
+    graph.prune(impure=kind == "feedback")
+    if kind != "feedback":
+        graph = pipeline.run([p for p in options.passes if p.level == "operator"], graph)
     if kind in ("evaluate", "predict"):
         graph.remove_outputs(Grad, StateUpdate)
         graph.prune()
@@ -101,7 +107,7 @@ def build_program(
         graph = pipeline.run([textform.build("pass", "early_local_backward")], graph)
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
-    extra = [p for p in options.passes if p.level == "aten"]
+    extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
     if extra:
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
     part = partition(graph)

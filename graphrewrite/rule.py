@@ -25,6 +25,7 @@ class Rule(Pass):
         objective: `"global"`: blocks learn from the task loss; `"local"`: from losses of their own.
         needs_loss: Whether the loss must be in the graph: training works through `compiled.loss` only.
         changes_forward: Whether the trained network is read through another forward than the model's own.
+        trains_feedback: Whether the rule has a phase of its own, between steps, in which feedback weights learn.
         learns_state: Whether the rule has trainable state, so that `compiled.parameters()` grows when it is created.
     """
 
@@ -33,7 +34,19 @@ class Rule(Pass):
     objective: ClassVar[Literal["global", "local"]] = "global"
     needs_loss: ClassVar[bool] = False
     changes_forward: ClassVar[bool] = False
+    trains_feedback: ClassVar[bool] = False
     learns_state: ClassVar[bool] = False
+
+    @property
+    def feedback_interval(self) -> int:
+        """Training calls from one automatic feedback phase to the next; 0: none."""
+        return 0
+
+    def rewrite_feedback(self, graph: JointGraph) -> None:
+        """For rules with `trains_feedback`: turn a captured forward graph into the feedback phase.
+
+        What the phase does is `update_state`; everything else is dropped from the graph.
+        """
 
     def rewrite_forward(self, graph: JointGraph) -> None:
         """For rules with `changes_forward`: turn a captured forward graph into what `predict` computes."""

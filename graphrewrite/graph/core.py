@@ -440,11 +440,12 @@ class GraphCore:
 
     # --- keeping order -------------------------------------------------------------------------------------------
 
-    def prune(self, *, backward_only: bool = False) -> int:
+    def prune(self, *, backward_only: bool = False, impure: bool = False) -> int:
         """Remove operators that nothing reads; returns how many. Random operators of the forward stay.
 
         Args:
             backward_only: Leave the forward alone: a verb may still be about to read what nothing reads yet.
+            impure: Remove random and checking operators of the forward too: the graph no longer stands for the model.
         """
         removed = 0
         read_later: set[fx.Node] = set()
@@ -453,7 +454,7 @@ class GraphCore:
                 read_later.update(base_of(source) for source in node.all_input_nodes)
             if node.op not in ("call_function", "get_attr"):
                 continue
-            kept = bool(node.users) or (not is_backward(node) and (backward_only or is_impure(node)))
+            kept = bool(node.users) or (not is_backward(node) and (backward_only or (is_impure(node) and not impure)))
             # an in-place operator is read through the memory that it writes to
             if kept or not read_later.isdisjoint(written_bases(node)):
                 read_later.update(base_of(source) for source in node.all_input_nodes)

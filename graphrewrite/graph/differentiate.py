@@ -95,6 +95,24 @@ class _Sum:
     total: fx.Node
 
 
+@dataclass(eq=False)
+class MappedGradient:
+    """The gradient of a leaf as a function of the gradient of a leaf.
+
+    Attributes:
+        of: The leaf whose gradient is read.
+        fn: `fn(gradient, *inputs)`; None: the gradient as it is.
+        inputs: Further arguments.
+    """
+
+    of: fx.Node
+    fn: Callable[..., Any] | None = None
+    inputs: tuple[fx.Node, ...] = ()
+    # what it is made of at present
+    source: fx.Node | None = None
+    result: fx.Node | None = None
+
+
 class Backward:
     """The backward table of an operator-level graph."""
 
@@ -105,6 +123,8 @@ class Backward:
         """Cotangents that come from outside the table: tangents, teaching signals, seeds of local losses."""
         self.cuts: set[tuple[fx.Node, fx.Node]] = set()
         """Edges (value, consumer) through which no cotangent returns."""
+        self.mapped: dict[fx.Node, MappedGradient] = {}
+        """Leaves whose gradient is another one than their cotangent."""
         self.deferred = 0
         self._sums: dict[fx.Node, _Sum] = {}
         self._live: set[fx.Node] = set()
@@ -270,6 +290,9 @@ class Backward:
                 if any(node in self._gone for node in row.results.values()):
                     row.reset()
                     row.results = {}
+        for mapped in self.mapped.values():
+            if mapped.source in self._gone or mapped.result in self._gone:
+                mapped.source = mapped.result = None
         self._sums = {
             v: s for v, s in self._sums.items() if s.total not in self._gone and not self._gone.intersection(s.terms)
         }
@@ -480,10 +503,29 @@ class Backward:
         graph.remove_outputs(Grad)
         outputs = graph.outputs
         for leaf in graph.leaves:
-            total = self.total(leaf)
+            mapped = self.mapped.get(leaf)
+            total = self.total(leaf) if mapped is None else self._map(leaf, mapped)
             if total is not None:
                 outputs[Grad(spec_of(leaf))] = total  # type: ignore[arg-type]
         graph.set_outputs(outputs)
+
+    def _map(self, leaf: fx.Node, mapped: MappedGradient) -> fx.Node | None:
+        source = self.total(mapped.of)
+        if source is None or mapped.fn is None:
+            return source
+        if source is mapped.source:
+            return mapped.result
+        like = info(source).but(role=Role.GRADIENT, mirrors=None, cotangent_of=leaf)
+        result: fx.Node = self.graph.splice(mapped.fn, [source, *mapped.inputs], like=like, whole=False)
+        want, got = value(leaf), value(result)
+        if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
+            raise RuleError(
+                f"map_gradient made a gradient of {got.dtype} {tuple(got.shape)} for {leaf.name}, which is "
+                f"{want.dtype} {tuple(want.shape)}",
+                node=leaf.name,
+            )
+        mapped.source, mapped.result = source, result
+        return result
 
     # --- copying ---------------------------------------------------------------------------------------------------
 
@@ -498,6 +540,16 @@ class Backward:
         other.cuts = {(env[v], env[c]) for v, c in self.cuts}
         other._sums = {env[v]: _Sum(moved(s.terms), env[s.total]) for v, s in self._sums.items()}  # type: ignore[arg-type]
         other._own = {env[n] for n in self._own}
+        other.mapped = {
+            env[leaf]: MappedGradient(
+                env[m.of],
+                m.fn,
+                moved(m.inputs),  # type: ignore[arg-type]
+                None if m.source is None else env.get(m.source),
+                None if m.result is None else env.get(m.result),
+            )
+            for leaf, m in self.mapped.items()
+        }
         other._requires = {env[n]: known for n, known in self._requires.items() if n in env}
         for op, rows in self.pullbacks.items():
             other.pullbacks[env[op]] = [

@@ -15,6 +15,7 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `drop_backward` | delete the backward |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
 | `encode_saved` | store a saved tensor in another form |
+| `map_gradient` | the gradient of a leaf becomes a function of a gradient and other values |
 | `recompute` | compute a saved tensor again in the backward |
 | `tap` | expose a value as an output |
 """
@@ -31,7 +32,7 @@ from torch import fx
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import views_of
 from graphrewrite.graph.core import GraphCore, StateInit
-from graphrewrite.graph.differentiate import Backward, Part, Pullback
+from graphrewrite.graph.differentiate import Backward, MappedGradient, Part, Pullback
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
     BufferUpdate,
@@ -101,6 +102,11 @@ class JointGraph(GraphCore):
         finally:
             table.deferred -= 1
         table.propagate()
+
+    @property
+    def table(self) -> Backward:
+        """The backward table: facts about the forward (`requires_grad`, `is_weightlike`) and the rows."""
+        return self._table()
 
     def _table(self) -> Backward:
         if self.backward is None:
@@ -304,6 +310,30 @@ class JointGraph(GraphCore):
         row.reset()
         if propagate:
             self._table().propagate()
+
+    def map_gradient(
+        self,
+        leaf: fx.Node,
+        fn: Callable[..., torch.Tensor] | None = None,
+        inputs: Sequence[fx.Node] = (),
+        *,
+        of: fx.Node | None = None,
+    ) -> None:
+        """Let the gradient of `leaf` be `fn(gradient, *inputs)`.
+
+        This is how feedback weights learn from the gradient of the weights they stand for.
+
+        Args:
+            leaf: A parameter, an input or learned state.
+            fn: Returns a tensor with the shape and dtype of the leaf; None: the gradient itself.
+            inputs: Further arguments of `fn`.
+            of: The leaf whose gradient `fn` gets; default: `leaf` itself. Without a gradient there, `leaf` has none.
+        """
+        table = self._table()
+        if leaf not in self.leaves or (of is not None and of not in self.leaves):
+            raise RuleError(f"{(of or leaf).name} is no leaf: it has no gradient", node=leaf.name)
+        table.mapped[leaf] = MappedGradient(leaf if of is None else of, fn, tuple(inputs))
+        table.propagate()
 
     # --- the forward -----------------------------------------------------------------------------------------------
 

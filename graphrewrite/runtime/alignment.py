@@ -90,11 +90,11 @@ def _angle(rule: list[torch.Tensor], exact: list[torch.Tensor]) -> Angle:
 def _undisturbed(compiled: CompiledModule) -> Iterator[None]:
     """Puts back buffers, rule state, the step counter and random generators."""
     buffers = {n: b.clone() for n, b in compiled.named_buffers()}
-    step, losses = compiled._step, compiled.losses
+    step, calls, losses = compiled._step, compiled._calls, compiled.losses
     with torch.random.fork_rng():
         yield
     with torch.no_grad():
         for name, buffer in compiled.named_buffers():
             if name in buffers:
                 buffer.copy_(buffers[name])
-    compiled._step, compiled.losses = step, losses
+    compiled._step, compiled._calls, compiled.losses = step, calls, losses

@@ -69,6 +69,7 @@ class CompiledModule(nn.Module):
         self._graphrewrite = RuleState()
         self._options = options
         self._step = 0
+        self._calls = 0
         self._rank: int | None = None
         self.losses: dict[str, torch.Tensor] = {}
         self._warned: set[str] = set()
@@ -98,7 +99,9 @@ class CompiledModule(nn.Module):
         blocked = [rule for rule in self._options.rules.rules[: self._rule_count()] if rule.needs_loss]
         if blocked:
             return self._forward_without_backward(blocked[0].name, args, kwargs)
-        program, call = self._program("forward", Inputs(*args, **kwargs), None)
+        inputs = Inputs(*args, **kwargs)
+        self._scheduled_feedback(inputs)
+        program, call = self._program("forward", inputs, None)
         results = self._run(program, call)
         values = {s.index: v for s, v in results.items() if isinstance(s, UserOutput)}
         self._write_back(program, results, call)
@@ -121,11 +124,11 @@ class CompiledModule(nn.Module):
                 loss = self.task_loss(self.module(*inputs.args, **inputs.kwargs), targets)
             self.losses = {"task": loss}
             return loss
+        if trains:
+            self._scheduled_feedback(inputs)
         program, call = self._program("loss" if trains else "evaluate", inputs, targets)
         if trains:
             results = self._run(program, call)
-            if program.uses_counter:
-                self._step += 1
         else:
             results = self._run_forward(program, call)
         self._write_back(program, results, call)
@@ -180,6 +183,39 @@ class CompiledModule(nn.Module):
         with torch.enable_grad():
             self._program(kind, as_inputs(x), as_targets(y))
         return self
+
+    def feedback_phase(self, x: Any = None, times: int = 1) -> None:
+        """Let the rule's feedback weights learn, apart from the model: the mirror phase of `weight_mirror`.
+
+        Neither the model nor torch's random generators are touched. Rules with a schedule run the phase by
+        themselves at the start of a training call; this runs it at once.
+
+        Args:
+            x: Inputs as for `loss`; None: the sizes of the inputs that were captured last.
+            times: How often.
+        """
+        if not any(rule.trains_feedback for rule in self._options.rules.rules):
+            raise RuleError(
+                f"rule {self._options.rules} has no feedback phase",
+                remedy="weight_mirror has one; feedback weights of other rules are fixed or learn in the step",
+            )
+        if x is None and self._example is None:
+            raise RuleError("nothing is captured yet", remedy="give feedback_phase the inputs of a batch")
+        inputs = _filled(self._example) if x is None else as_inputs(x)
+        with torch.no_grad():
+            for _ in range(times):
+                program, call = self._program("feedback", inputs, None)
+                results = self._run_forward(program, call)
+                self._step += 1
+                for spec, result in results.items():
+                    # steps that are waiting for their backward keep the feedback weights they were started with
+                    self._graphrewrite.rebind(spec.name, result)
+
+    def _scheduled_feedback(self, inputs: Inputs) -> None:
+        intervals = [rule.feedback_interval for rule in self._options.rules.rules if rule.feedback_interval]
+        if intervals and self._calls % min(intervals) == 0:
+            self.feedback_phase(inputs)
+        self._calls += 1
 
     # --- programs --------------------------------------------------------------------------------------------------
 
@@ -287,6 +323,8 @@ class CompiledModule(nn.Module):
                 compiled._update_state(spec.name, result)
 
         values = program(self._fetch(program, call), on_backward)
+        if program.uses_counter:
+            self._step += 1
         return {spec: values[i] for spec, i in program.partition.forward_outputs.items()}
 
     def _run_forward(self, program: Program, call: Call) -> dict[Any, Any]:
@@ -457,12 +495,13 @@ class CompiledModule(nn.Module):
         return super().load_state_dict(own, strict=strict, assign=assign)
 
     def get_extra_state(self) -> dict[str, int]:
-        """The counter of the random operators."""
-        return {"seed": self._options.seed, "step": self._step}
+        """The counters of the random operators and of the schedule of feedback phases."""
+        return {"seed": self._options.seed, "step": self._step, "calls": self._calls}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Continue the random streams where they were."""
         self._step = int(state["step"])
+        self._calls = int(state.get("calls", 0))
 
     def _require_state(self, what: str) -> None:
         learns = [rule.name for rule in self._options.rules.rules if rule.learns_state]
@@ -542,6 +581,18 @@ def _outline(inputs: Inputs) -> Inputs:
 
     args, kwargs = pytree.tree_map(empty, (inputs.args, inputs.kwargs))
     return Inputs(*args, **kwargs)
+
+
+def _filled(outline: Inputs | None) -> Inputs:
+    """Zeros with memory of their own: strides are part of the signature."""
+    assert outline is not None
+    return Inputs(
+        *pytree.tree_map(_contiguous, outline.args), **pytree.tree_map(_contiguous, outline.kwargs)
+    )
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _sizes(node: Any) -> Any:

@@ -75,6 +75,13 @@ class RuleState(nn.Module):
                 return held, leaf  # type: ignore[return-value]
         return None
 
+    def rebind(self, name: str, tensor: torch.Tensor) -> None:
+        """Put another tensor in the place of a piece of fixed state; what was saved of the old one stays valid."""
+        slot = self.slot(name)
+        assert slot is not None, name
+        held, leaf = slot
+        held[leaf] = tensor.detach()
+
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All state by name."""
         yield from self.named_parameters()
