@@ -97,7 +97,7 @@ def build_program(
     operator = graph
     graph = pipeline.expand(graph)
     graph = pipeline.run([textform.build("pass", name) for name in CLEANUP], graph)
-    if kind == "loss" and any(rule.objective == "local" for _, rule in rules):
+    if kind == "loss" and any(rule.objective == "local" or rule.early_backward for _, rule in rules):
         graph = pipeline.run([textform.build("pass", "early_local_backward")], graph)
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)

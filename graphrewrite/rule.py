@@ -25,6 +25,8 @@ class Rule(Pass):
         objective: `"global"`: blocks learn from the task loss; `"local"`: from losses of their own.
         needs_loss: Whether the loss must be in the graph: training works through `compiled.loss` only.
         changes_forward: Whether the trained network is read through another forward than the model's own.
+        early_backward: Whether blocks learn from what is known before the task loss, so that their backward can run in
+            the forward; always so for local objectives.
         learns_state: Whether the rule has trainable state, so that `compiled.parameters()` grows when it is created.
     """
 
@@ -33,6 +35,7 @@ class Rule(Pass):
     objective: ClassVar[Literal["global", "local"]] = "global"
     needs_loss: ClassVar[bool] = False
     changes_forward: ClassVar[bool] = False
+    early_backward: ClassVar[bool] = False
     learns_state: ClassVar[bool] = False
 
     def rewrite_forward(self, graph: JointGraph) -> None:

@@ -3,5 +3,6 @@
 REGISTRY = {
     "bp": "graphrewrite.passes.rules.bp:Backpropagation",
     "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
+    "drtp": "graphrewrite.passes.rules.drtp:DirectRandomTargetProjection",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
 }
