@@ -14,6 +14,7 @@ from graphrewrite import registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import VerifyError
+from graphrewrite.graph.core import NO_RULE
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
@@ -83,6 +84,8 @@ def build_program(
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
     differentiate(graph, seeded=kind != "predict")
+    operator_passes = [p for p in options.passes if p.level == "operator"]
+    graph = pipeline.run([p for p in operator_passes if p.before_rules], graph)
     for key, rule in rules:
         if kind == "predict":
             graph.current_rule, graph.current_pass = key, rule.name
@@ -90,7 +93,7 @@ def build_program(
         else:
             graph = pipeline.run([rule], graph, rule_key=key)
     graph.prune()
-    graph = pipeline.run([p for p in options.passes if p.level == "operator"], graph)
+    graph = pipeline.run([p for p in operator_passes if not p.before_rules], graph)
     if kind in ("evaluate", "predict"):
         graph.remove_outputs(Grad, StateUpdate)
         graph.prune()
@@ -145,7 +148,7 @@ class _Pipeline:
             self._callbacks.append(self._numeric)
         self._callbacks += options.callbacks
 
-    def run(self, passes: Sequence[Pass], graph: JointGraph, rule_key: int = 0) -> JointGraph:
+    def run(self, passes: Sequence[Pass], graph: JointGraph, rule_key: int = NO_RULE) -> JointGraph:
         graph.current_rule = rule_key
         return PassManager(passes, self._callbacks, self.history).run(graph)
 

@@ -4,5 +4,7 @@ REGISTRY = {
     "bp": "graphrewrite.passes.rules.bp:Backpropagation",
     "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
     "drtp": "graphrewrite.passes.rules.drtp:DirectRandomTargetProjection",
+    "reinmax": "graphrewrite.passes.rules.reinmax:ReinMax",
+    "straight_through": "graphrewrite.passes.rules.straight_through:StraightThrough",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
 }

@@ -43,10 +43,8 @@ class Paths:
 
     def carries(self, node: fx.Node) -> bool:
         """Whether a value is an activation (or a tuple of them) that requires grad."""
-        if node.op == "call_function" and info(node).block == self.block and producer(node) is node:
-            if not is_float(node):
-                return node in self.cost  # a tuple
-        return self._is_active(node)
+        own = node.op == "call_function" and info(node).block == self.block and producer(node) is node
+        return node in self.cost if own and not is_float(node) else self._is_active(node)
 
     def skip_of(self, node: fx.Node) -> fx.Node | None:
         """The skipped input of a residual sum: the summand with fewer heavy operators behind it; None for others."""
@@ -110,9 +108,7 @@ def _points_at(node: fx.Node, paths: Paths, sums: set[fx.Node]) -> list[fx.Node]
 
 
 def _is_activation(node: fx.Node, paths: Paths) -> bool:
-    """Whether a value is computed element by element, by a non-linearity, from linear maps and normalisations inside
-    the block.
-    """
+    """Whether a value is computed element by element, through a non-linearity, from linear maps inside the block."""
     seen: set[fx.Node] = set()
     stack, bent = [node], False
     while stack:
