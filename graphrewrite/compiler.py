@@ -14,6 +14,7 @@ from graphrewrite import registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import VerifyError
+from graphrewrite.graph.core import NO_RULE
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
@@ -83,6 +84,8 @@ def build_program(
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
     differentiate(graph, seeded=kind not in ("predict", "feedback"))
+    operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
+    graph = pipeline.run([p for p in operator_passes if p.before_rules], graph)
     for key, rule in rules:
         if kind == "predict":
             graph.current_rule, graph.current_pass = key, rule.name
@@ -95,15 +98,14 @@ def build_program(
     if kind == "feedback":
         graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, StateUpdate)})
     graph.prune(impure=kind == "feedback")
-    if kind != "feedback":
-        graph = pipeline.run([p for p in options.passes if p.level == "operator"], graph)
+    graph = pipeline.run([p for p in operator_passes if not p.before_rules], graph)
     if kind in ("evaluate", "predict"):
         graph.remove_outputs(Grad, StateUpdate)
         graph.prune()
     operator = graph
     graph = pipeline.expand(graph)
     graph = pipeline.run([textform.build("pass", name) for name in CLEANUP], graph)
-    if kind == "loss" and any(rule.objective == "local" for _, rule in rules):
+    if kind == "loss" and any(rule.objective == "local" or rule.early_backward for _, rule in rules):
         graph = pipeline.run([textform.build("pass", "early_local_backward")], graph)
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
@@ -151,7 +153,7 @@ class _Pipeline:
             self._callbacks.append(self._numeric)
         self._callbacks += options.callbacks
 
-    def run(self, passes: Sequence[Pass], graph: JointGraph, rule_key: int = 0) -> JointGraph:
+    def run(self, passes: Sequence[Pass], graph: JointGraph, rule_key: int = NO_RULE) -> JointGraph:
         graph.current_rule = rule_key
         return PassManager(passes, self._callbacks, self.history).run(graph)
 

@@ -39,6 +39,7 @@ class Pass:
         name: Registry name, snake_case.
         level: `"operator"` (after the rule) or `"aten"` (after expansion).
         preserves_numerics: Whether all results stay bitwise the same; checked on request (`verify="numeric"`).
+        before_rules: Whether a pass at the operator level runs before the rules: they find its derivatives in place.
         summary: One line for listings.
         paper: Where the method is from.
     """
@@ -46,6 +47,7 @@ class Pass:
     name: ClassVar[str] = ""
     level: ClassVar[PassLevel] = "operator"
     preserves_numerics: ClassVar[bool] = False
+    before_rules: ClassVar[bool] = False
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
 

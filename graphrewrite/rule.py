@@ -26,6 +26,8 @@ class Rule(Pass):
         needs_loss: Whether the loss must be in the graph: training works through `compiled.loss` only.
         changes_forward: Whether the trained network is read through another forward than the model's own.
         trains_feedback: Whether the rule has a phase of its own, between steps, in which feedback weights learn.
+        early_backward: Whether blocks learn from what is known before the task loss, so that their backward can run in
+            the forward; always so for local objectives.
         learns_state: Whether the rule has trainable state, so that `compiled.parameters()` grows when it is created.
     """
 
@@ -35,6 +37,7 @@ class Rule(Pass):
     needs_loss: ClassVar[bool] = False
     changes_forward: ClassVar[bool] = False
     trains_feedback: ClassVar[bool] = False
+    early_backward: ClassVar[bool] = False
     learns_state: ClassVar[bool] = False
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 from typing import Any
 
 import torch
@@ -15,7 +17,22 @@ from graphrewrite.compiler import CLEANUP
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
-from graphrewrite.graph.nodes import Buffer, Constant, Counter, Grad, Param, State, Tangent, Target, UserInput, value
+from graphrewrite.graph.nodes import (
+    LOSS_BLOCK,
+    Buffer,
+    Constant,
+    Counter,
+    Grad,
+    Param,
+    Role,
+    State,
+    Tangent,
+    Target,
+    UserInput,
+    info,
+    is_backward,
+    value,
+)
 from graphrewrite.inputs import as_inputs
 from graphrewrite.pipeline import PassManager, build_pass
 from graphrewrite.rule import RuleMap
@@ -109,9 +126,53 @@ def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], 
 
 def find(graph, operator: str, *, block: str | None = None):
     """The forward operators of a kind (`"linear"`), in order."""
-    from graphrewrite.graph.nodes import info
     from graphrewrite.graph.text import operator_name
 
     return [
         n for n in graph.forward_nodes() if operator_name(n) == operator and (block is None or info(n).block == block)
     ]
+
+
+def assert_golden(text: str, name: str) -> None:
+    """A printed graph as a reviewer saw it last. GRAPHREWRITE_REGENERATE=1 writes the file anew."""
+    path = pathlib.Path(__file__).parent / "golden" / f"{name}.txt"
+    if os.environ.get("GRAPHREWRITE_REGENERATE"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def train_step(compiled: gr.CompiledModule, x: Any, y: Any) -> dict[str, torch.Tensor]:
+    """The gradients of one `compiled.loss`, by parameter; those without one are left out."""
+    compiled.zero_grad()
+    compiled.loss(x, y).backward()
+    return {n: p.grad.clone() for n, p in compiled.module.named_parameters() if p.grad is not None}
+
+
+def cotangents_of_other_blocks(graph) -> list[str]:
+    """Per block that learns: cotangent nodes of other blocks (the loss apart) that its gradients depend on."""
+    found = []
+    for spec, node in graph.outputs.items():
+        if not isinstance(spec, Grad):
+            continue
+        for term in _terms(node):
+            seen, stack = {term}, [term]
+            while stack:
+                for source in stack.pop().all_input_nodes:
+                    if source not in seen and is_backward(source):
+                        seen.add(source)
+                        stack.append(source)
+            own = info(term).block
+            found += [
+                f"{spec} <- {n.name}"
+                for n in seen
+                if info(n).block not in (own, LOSS_BLOCK, "") and info(n).role is not Role.SIGNAL
+            ]
+    return found
+
+
+def _terms(node) -> list[Any]:
+    """The summands of a gradient; that of a tied parameter has one per use."""
+    if info(node).role is Role.ACCUMULATE:
+        return [t for source in node.all_input_nodes for t in _terms(source)]
+    return [node]

@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 Level = Literal["forward", "operator", "aten"]
 
 
+NO_RULE = -1
+"""The rule key of passes that are no rule."""
+
+
 @dataclass(frozen=True)
 class Block:
     """The unit of locality: a connected set of forward nodes.
@@ -59,7 +63,7 @@ class Block:
     name: str
     index: int
     rule: str = "bp"
-    rule_key: int = -1
+    rule_key: int = NO_RULE
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,9 @@ class GraphCore:
         raise RuleError(f"no block is named {name!r}", remedy=f"blocks: {', '.join(b.name for b in self.blocks)}")
 
     def rule_blocks(self) -> list[Block]:
-        """The blocks of the rule that is running."""
+        """The blocks of the rule that is running; all blocks where none is."""
+        if self.current_rule == NO_RULE:
+            return list(self.blocks)
         return [block for block in self.blocks if block.rule_key == self.current_rule]
 
     @property

@@ -97,6 +97,55 @@ SEPARABLE = MATMULS | CONVOLUTIONS | EMBEDDINGS
 """Operators whose parameter gradient is computed apart from the input cotangent. Never the normalisations: their
 backward kernel would run twice."""
 
+ATTENTIONS = frozenset(
+    {
+        aten.scaled_dot_product_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+NORMALISATIONS = frozenset(
+    {
+        aten.layer_norm.default,
+        aten.native_layer_norm.default,
+        aten.rms_norm.default,
+        aten.group_norm.default,
+        aten.native_group_norm.default,
+        aten.instance_norm.default,
+        aten.batch_norm.default,
+        aten._native_batch_norm_legit_functional.default,
+        aten.native_batch_norm.default,
+    }
+)
+ACTIVATIONS = frozenset(
+    {
+        aten.relu.default,
+        aten.relu6.default,
+        aten.leaky_relu.default,
+        aten.prelu.default,
+        aten.elu.default,
+        aten.selu.default,
+        aten.celu.default,
+        aten.gelu.default,
+        aten.silu.default,
+        aten.mish.default,
+        aten.hardswish.default,
+        aten.hardsigmoid.default,
+        aten.hardtanh.default,
+        aten.tanh.default,
+        aten.sigmoid.default,
+        aten.log_sigmoid.default,
+        aten.softplus.default,
+    }
+)
+"""Element-wise non-linearities: one cotangent in, one out."""
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether an operator works element by element; dropout counts."""
+    if node.target in (aten.dropout.default, aten.native_dropout.default, aten.prelu.default):
+        return True
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
 
 def is_random(node: fx.Node) -> bool:
     """Whether an operator draws from torch's global generator."""

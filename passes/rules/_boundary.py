@@ -4,21 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
-from graphrewrite.graph.nodes import fix, info, value
-from graphrewrite.graph.ops import CONVOLUTIONS
+from graphrewrite.graph.nodes import fix, info, is_backward, value
+from graphrewrite.graph.ops import ATTENTIONS, CONVOLUTIONS, EMBEDDINGS, MATMULS
+
+aten = torch.ops.aten
+_ENDS_MAP = (
+    MATMULS
+    | EMBEDDINGS
+    | ATTENTIONS
+    | {aten.transpose.int, aten.permute.default, aten.movedim.int, aten.movedim.intlist, aten.t.default}
+)
 
 
 def is_map(boundary: fx.Node) -> bool:
-    """Whether a boundary is a map of channels: a convolution lies behind it in its block."""
-    block, seen, stack = info(boundary).block, {boundary}, [boundary]
+    """Whether a value is a map of channels: it comes from a convolution, through operators that keep its dimensions.
+
+    A transpose, a reshape to another number of dimensions, a matrix product or an embedding on the way ends the map.
+    """
+    dims, seen, stack = value(boundary).dim(), {boundary}, [boundary]
     while stack:
         node = stack.pop()
         if node.target in CONVOLUTIONS:
             return True
+        if node.target in _ENDS_MAP:
+            continue
         for source in node.all_input_nodes:
-            if source.op == "call_function" and source not in seen and info(source).block == block:
+            held = value(source)
+            if isinstance(held, torch.Tensor) and held.dim() != dims:
+                continue
+            if source.op == "call_function" and source not in seen and not is_backward(source):
                 seen.add(source)
                 stack.append(source)
     return False
