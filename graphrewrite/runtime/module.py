@@ -118,6 +118,7 @@ class CompiledModule(nn.Module):
             self.losses = {"task": loss}
             return loss
         program, call = self._program("loss" if trains else "evaluate", inputs, targets)
+        program.check_labels(call.targets)
         if trains:
             results = self._run(program, call)
             if program.uses_counter:

@@ -29,6 +29,8 @@ from graphrewrite.graph.nodes import (
 from graphrewrite.graph.partition import Partition
 from graphrewrite.pipeline import PassRecord
 
+_IGNORED = -100
+
 
 @dataclass
 class Program:
@@ -103,6 +105,26 @@ class Program:
             values[p] if p >= 0 else fetch(spec) for p, spec in zip(self._diff_slots, self.differentiable, strict=True)
         ]
         return list(_Apply.apply(self, values, on_backward, *tensors))  # type: ignore[no-untyped-call]
+
+    def check_labels(self, targets: Sequence[Any]) -> None:
+        """Class indices that do not exist are an error here where looking costs nothing; a GPU asserts by itself.
+
+        Raises:
+            RuleError: A class index is out of range.
+        """
+        classes = self.captured.graph.context.label_classes
+        if classes is None or not targets:
+            return
+        y = targets[0]
+        if not isinstance(y, torch.Tensor) or y.device.type != "cpu" or y.is_floating_point() or not y.numel():
+            return
+        counted = y[y != _IGNORED]
+        if counted.numel() and (counted.min() < 0 or counted.max() >= classes):
+            wrong = counted[(counted < 0) | (counted >= classes)][0].item()
+            raise RuleError(
+                f"the targets hold class {wrong}, the model's output has {classes} classes: 0 to {classes - 1}",
+                remedy="number the classes from 0; -100 marks targets that do not count",
+            )
 
     def run_forward(self, values: list[Any]) -> Sequence[Any]:
         """The forward stage alone, without a gradient."""
