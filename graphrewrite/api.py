@@ -11,7 +11,7 @@ from torch import nn
 from graphrewrite.analysis.blocks import Blocks
 from graphrewrite.compiler import Options, Verification
 from graphrewrite.errors import GraphRewriteError
-from graphrewrite.objective import default_loss
+from graphrewrite.objective import default_loss as default_loss
 from graphrewrite.pipeline import Pass, build_pass
 from graphrewrite.registry import find
 from graphrewrite.rule import RuleMap, RuleSpec

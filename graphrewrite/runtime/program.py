@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from graphrewrite.graph.nodes import (
 )
 from graphrewrite.graph.partition import Partition
 from graphrewrite.pipeline import PassRecord
+
+if TYPE_CHECKING:
+    from graphrewrite.runtime.step_blocks import StepPlan
 
 _IGNORED = -100
 
@@ -58,6 +61,8 @@ class Program:
     differentiable: list[InputSpec] = field(init=False)
     """Inputs that get a gradient, in the order in which the autograd function takes them."""
     positions: dict[InputSpec, int] = field(init=False)
+    plans: dict[str | None, StepPlan] = field(init=False, default_factory=dict)
+    """How `step_blocks` runs it, by the block that is trained alone; None: all blocks."""
 
     def __post_init__(self) -> None:
         part = self.partition
@@ -129,10 +134,10 @@ class Program:
     def run_forward(self, values: list[Any]) -> Sequence[Any]:
         """The forward stage alone, without a gradient."""
         with torch.no_grad():
-            return self._run(self.forward, values)[: self.partition.result_count]
+            return self.execute(self.forward, values)[: self.partition.result_count]
 
     @staticmethod
-    def _run(run: Run, values: list[Any]) -> Sequence[Any]:
+    def execute(run: Run, values: list[Any]) -> Sequence[Any]:
         """Casts are nodes of the graph: an autocast that is active around the call must not add its own."""
         active = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
         if not active:
@@ -153,7 +158,7 @@ class _Apply(torch.autograd.Function):
     def forward(ctx: Any, program: Program, values: list[Any], on_backward: Any, *tensors: torch.Tensor) -> Any:
         part = program.partition
         # autograd must see the tensors it was handed, not another reference to the same parameter
-        results = program._run(program.forward, values)
+        results = program.execute(program.forward, values)
         count = part.result_count
         outputs, saved = list(results[:count]), list(results[count:])
         for i in program._clone:
@@ -200,7 +205,7 @@ class _Apply(torch.autograd.Function):
                 missing.add(slot)
             tangents[slot] = given
         values += tangents
-        results = program._run(program.backward, values)
+        results = program.execute(program.backward, values)
         grads: list[Any] = []
         for spec, result, depends in zip(program.partition.backward_outputs, results, program._depends, strict=True):
             if not isinstance(spec, Grad):

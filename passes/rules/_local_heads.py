@@ -52,7 +52,8 @@ def similarity(rows: torch.Tensor) -> torch.Tensor:
     """S(rows): cosine of every pair of rows, each row centred by its own mean."""
     centred = rows - rows.mean(1, keepdim=True)
     unit = centred / (centred.norm(dim=1, keepdim=True) + 1e-8)
-    return unit @ unit.t()
+    cosines: torch.Tensor = unit @ unit.t()
+    return cosines
 
 
 def similarity_loss(features: torch.Tensor, codes: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -190,7 +191,8 @@ class Dgl(Head):
     @staticmethod
     def _normed(h: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
         scale, shift = weights[f"{name}_scale"], weights[f"{name}_shift"]
-        return torch.batch_norm(h, scale, shift, None, None, True, 0.0, 1e-5, False).relu()
+        normed: torch.Tensor = torch.batch_norm(h, scale, shift, None, None, True, 0.0, 1e-5, False)
+        return F.relu(normed)
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,9 @@ def average_pool(h: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Average-pool the positions of a map to `size`."""
     if all(str(have) == str(want) for have, want in zip(h.shape[2:], size, strict=True)):
         return h
-    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(size)]
-    return pool(h, list(size) if len(size) > 1 else size[0])
+    pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(size)]
+    pooled: torch.Tensor = pool(h, list(size))
+    return pooled
 
 
 def _dense(h: torch.Tensor, a: torch.Tensor) -> Literal["", "first", "last"]:
