@@ -42,7 +42,7 @@ if (_HERE.parent / "passes" / "rules").is_dir() and (_HERE.parent / "backends").
 # name -> module; resolved on first use, so that `graphrewrite --help` never imports torch
 _PUBLIC = {
     "compile": "graphrewrite.api",
-    "default_loss": "graphrewrite.api",
+    "default_loss": "graphrewrite.objective",
     "CompiledModule": "graphrewrite.runtime.module",
     "Inputs": "graphrewrite.inputs",
     "JointGraph": "graphrewrite.graph.joint",
@@ -62,12 +62,13 @@ _PUBLIC = {
 
 
 if TYPE_CHECKING:
-    from graphrewrite.api import compile, default_loss
+    from graphrewrite.api import compile
     from graphrewrite.errors import BackendError, CaptureError, GraphRewriteError, RuleError, VerifyError
     from graphrewrite.graph.codec import Codec
     from graphrewrite.graph.core import Block
     from graphrewrite.graph.joint import JointGraph
     from graphrewrite.inputs import Inputs
+    from graphrewrite.objective import default_loss
     from graphrewrite.pipeline import Pass, PassManager, PassResult
     from graphrewrite.registry import register
     from graphrewrite.rule import Rule

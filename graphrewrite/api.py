@@ -7,39 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from graphrewrite.analysis.blocks import Blocks
 from graphrewrite.compiler import Options, Verification
-from graphrewrite.errors import GraphRewriteError, RuleError
+from graphrewrite.errors import GraphRewriteError
+from graphrewrite.objective import default_loss as default_loss
 from graphrewrite.pipeline import Pass, build_pass
 from graphrewrite.registry import find
 from graphrewrite.rule import RuleMap, RuleSpec
 from graphrewrite.runtime.module import CompiledModule
-
-
-def default_loss(outputs: Any, targets: Any) -> torch.Tensor:
-    """Cross-entropy with the class dimension last: on a tensor, on `.logits`, or on `["logits"]`.
-
-    Integer targets have the shape of the outputs without the last dimension (-100 is ignored); floating-point
-    targets of the outputs' own shape are class probabilities.
-    """
-    logits = outputs
-    if not isinstance(logits, torch.Tensor):
-        logits = getattr(outputs, "logits", None)
-        if logits is None and isinstance(outputs, Mapping):
-            logits = outputs.get("logits")
-    if not isinstance(logits, torch.Tensor) or not isinstance(targets, torch.Tensor):
-        raise RuleError(
-            f"the default loss cannot read outputs of type {type(outputs).__name__} with targets of type "
-            f"{type(targets).__name__}",
-            remedy="give loss=callable(outputs, targets) to compile",
-        )
-    if logits.dim() > 2:
-        classes = logits.shape[-1]
-        logits = logits.reshape(-1, classes)
-        targets = targets.reshape(-1, classes) if targets.is_floating_point() else targets.reshape(-1)
-    return F.cross_entropy(logits, targets)
 
 
 def compile(

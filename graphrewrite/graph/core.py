@@ -87,6 +87,7 @@ class Context:
         targets: Rebuilds the target structure from its leaves; None when the graph holds no loss.
         training: Whether the graph was captured in training mode.
         seed: The user's seed.
+        label_classes: Set by rules that read the targets as class indices: how many classes there are.
     """
 
     loss: Callable[[Any, Any], torch.Tensor] | None = None
@@ -94,6 +95,7 @@ class Context:
     targets: Callable[[Sequence[Any]], Any] | None = None
     training: bool = True
     seed: int = 0
+    label_classes: int | None = None
 
 
 @dataclass
@@ -488,6 +490,25 @@ class GraphCore:
         for node in order[1:]:
             cursor.append(node)
             cursor = node
+
+    def forward_first(self) -> None:
+        """Move operators of the forward in front of the backward, where they do not read it.
+
+        Sizes are named after the first value that has them: a forward operator behind the backward would take its
+        sizes from a cotangent once the graph is expanded.
+        """
+        first: fx.Node | None = None
+        late: set[fx.Node] = set()
+        for node in list(self.nodes):
+            if node.op not in ("call_function", "get_attr"):
+                continue
+            if is_backward(node):
+                first = first or node
+                late.add(node)
+            elif any(source in late for source in node.all_input_nodes):
+                late.add(node)
+            elif first is not None:
+                first.prepend(node)
 
     def recompile(self) -> fx.GraphModule:
         """The graph module, with its Python code up to date."""

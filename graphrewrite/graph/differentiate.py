@@ -322,6 +322,7 @@ class Backward:
             self._sum(leaf, terms)
         self._set_gradients()
         graph.sort()
+        graph.forward_first()
         graph.prune(backward_only=True)
 
     def _reaching_leaves(self, forward: Sequence[fx.Node]) -> set[fx.Node]:

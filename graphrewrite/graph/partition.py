@@ -136,8 +136,8 @@ def partition(graph: JointGraph) -> Partition:
     tangents = [n for n in graph.nodes if n.op == "placeholder" and isinstance(spec_of(n), Tangent)]
     return Partition(
         graph,
-        _extract(graph, forward_inputs, order, [*results, *wanted], {}),
-        _extract(
+        extract(graph, forward_inputs, order, [*results, *wanted], {}),
+        extract(
             graph,
             [*wanted, *tangents],
             [*copied, *backward_nodes],
@@ -210,7 +210,7 @@ def _inputs(order: Sequence[fx.Node], results: Iterable[fx.Node]) -> list[fx.Nod
     return list(read)
 
 
-def _extract(
+def extract(
     graph: JointGraph,
     inputs: Sequence[fx.Node],
     nodes: Sequence[fx.Node],

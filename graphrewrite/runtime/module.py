@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,6 @@ from graphrewrite.graph.nodes import (
     Target,
     UserInput,
     UserOutput,
-    info,
     value,
 )
 from graphrewrite.inputs import Inputs, as_inputs, as_targets
@@ -40,6 +39,9 @@ from graphrewrite.runtime.predictor import Predictor
 from graphrewrite.runtime.program import Program
 from graphrewrite.runtime.signature import Call, ModelWatch, flatten_call
 from graphrewrite.runtime.state import RuleState
+from graphrewrite.runtime.stateful import StatefulModule
+from graphrewrite.runtime.step_blocks import BeforeUpdate, Factory, Optimizer, Optimizers, step_blocks
+from graphrewrite.runtime.views import LossModule, NoBackward
 from graphrewrite.runtime.unoptimized import UntrainedStateWatch
 
 if TYPE_CHECKING:
@@ -47,12 +49,9 @@ if TYPE_CHECKING:
     from graphrewrite.runtime.alignment import Alignment
 
 MAX_CAPTURES = 16
-_STATE_PREFIX = "_graphrewrite."
-_MODULE_PREFIX = "module."
-_COUNTER = "_extra_state"
 
 
-class CompiledModule(nn.Module):
+class CompiledModule(StatefulModule):
     """What `graphrewrite.compile` returns. Trains with any `torch.optim` optimizer.
 
     Calling it is calling the user's model: same outputs, in every mode. `loss(x, y)` works for every rule.
@@ -75,9 +74,9 @@ class CompiledModule(nn.Module):
         self._warned: set[str] = set()
         learns = any(rule.learns_state for rule in options.rules.rules)
         self._untrained = UntrainedStateWatch() if learns else None
+        self._block_optimizers: tuple[Factory, dict[str, Optimizer]] | None = None
         self._reset()
-        self._register_state_dict_hook(_strip_module_prefix)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_add_module_prefix)  # type: ignore[no-untyped-call]
+        self.name_entries_as_the_model_does()
 
     def _reset(self) -> None:
         """Drop what is derived from the model: programs and name look-ups."""
@@ -127,6 +126,7 @@ class CompiledModule(nn.Module):
         if trains:
             self._scheduled_feedback(inputs)
         program, call = self._program("loss" if trains else "evaluate", inputs, targets)
+        program.check_labels(call.targets)
         if trains:
             results = self._run(program, call)
         else:
@@ -134,6 +134,41 @@ class CompiledModule(nn.Module):
         self._write_back(program, results, call)
         self.losses = {s.name: v.detach() for s, v in results.items() if isinstance(s, LossTerm)}
         return results[Loss()]  # type: ignore[no-any-return]
+
+    def step_blocks(
+        self,
+        x: Any,
+        y: Any,
+        optimizers: Optimizers,
+        *,
+        greedy: str | None = None,
+        before_update: BeforeUpdate | None = None,
+    ) -> torch.Tensor:
+        """One update-unlocked training step: every block is updated as soon as its own gradient exists.
+
+        The gradient of one block at a time is alive. The parameters end up as after `loss(x, y).backward()` and an
+        optimizer step, for every rule whose certificate says that no update is locked; hooks on gradients do not run.
+
+        Args:
+            x: As for `loss`.
+            y: As for `loss`.
+            optimizers: `{block: optimizer}`, a list or one optimizer; every parameter is updated by the one that holds
+                it. Or a function from a list of parameters to an optimizer: one is made per block, at the first call
+                with this function, and kept (`block_optimizers()`).
+            greedy: Train this block only: what lies behind it does not run, what lies before it runs forward.
+            before_update: Called with a block's name and parameters when they hold their gradients: for clipping.
+
+        Returns:
+            The loss, detached; with `greedy`, that of the block.
+
+        Raises:
+            RuleError: A block's update waits for blocks behind it.
+        """
+        return step_blocks(self, x, y, optimizers, greedy, before_update)
+
+    def block_optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers that `step_blocks` made of a function, by block: for schedulers and checkpoints."""
+        return dict(self._block_optimizers[1]) if self._block_optimizers else {}
 
     def predict(self, x: Any) -> Any:
         """What the trained network computes: the rule's own forward and read-out; the model's outputs otherwise.
@@ -381,7 +416,7 @@ class CompiledModule(nn.Module):
         anchor = next((p for p in self.module.parameters() if p.requires_grad), None)
         if anchor is None:
             return outputs
-        blocked: Callable[..., torch.Tensor] = _NoBackward.apply
+        blocked: Callable[..., torch.Tensor] = NoBackward.apply
         return structure.rebuild(
             [blocked(rule, anchor, t) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
         )
@@ -423,93 +458,9 @@ class CompiledModule(nn.Module):
 
         return measure(self, x, y)
 
-    def parameters_by_block(self) -> dict[str, list[str]]:
-        """Names of the parameters by the block that reads them first."""
-        graph = self.program().captured.graph
-        found: dict[str, list[str]] = {block.name: [] for block in graph.blocks}
-        for name, node in graph.parameters().items():
-            block = next((info(u).block for u in node.users if info(u).block in found), None)
-            if block is not None:
-                found[block].append(name)
-        return {block: names for block, names in found.items() if names}
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups, one per block, each with a `"name"`; learned rule state forms the last one."""
-        named = dict(self.module.named_parameters())
-        groups = [
-            {"name": block, "params": [named[n] for n in names]} for block, names in self.parameters_by_block().items()
-        ]
-        grouped = {id(p) for group in groups for p in group["params"]}
-        rest = [p for p in self.parameters() if id(p) not in grouped]
-        return [*groups, {"name": "rest", "params": rest}] if rest else groups
-
     def task_loss(self, outputs: Any, targets: Any) -> torch.Tensor:
         """The user's loss on outputs of the model."""
         return self._options.loss(outputs, targets)
-
-    def program(self, kind: str | None = None) -> Program:
-        """The most recent program, preferably one that trains."""
-        for wanted in (kind,) if kind else ("loss", "forward", "evaluate", "predict"):
-            if wanted in self._latest:
-                return self._latest[wanted]
-        raise RuleError(
-            "nothing is captured yet", remedy="give example_inputs to compile, or call materialize(x, y) or loss(x, y)"
-        )
-
-    # --- parameters and state ----------------------------------------------------------------------------------------
-
-    @property
-    def rule_state(self) -> dict[str, torch.Tensor]:
-        """Rule state by name: feedback weights, heads, statistics."""
-        return dict(self._graphrewrite.items())
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters under their own names, then learned rule state."""
-        self._require_state("parameters()")
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield _own_name(name, prefix), parameter
-
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's buffers under their own names, then fixed rule state."""
-        for name, buffer in super().named_buffers(prefix, recurse, remove_duplicate):
-            yield _own_name(name, prefix), buffer
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's entries under their own names, plus `_graphrewrite.<rule>.<name>`."""
-        self._require_state("state_dict()")
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state of this module, or of the bare model (then the present rule state is kept)."""
-        own = dict(state_dict)
-        if not any(key.startswith(_STATE_PREFIX) for key in own):
-            # the state of a bare model: the present rule state and counter stay
-            kept = self.state_dict().items()
-            own.update(
-                {key: held for key, held in kept if key.startswith((_STATE_PREFIX, _COUNTER)) and key not in own}
-            )
-        return super().load_state_dict(own, strict=strict, assign=assign)
-
-    def get_extra_state(self) -> dict[str, int]:
-        """The counters of the random operators and of the schedule of feedback phases."""
-        return {"seed": self._options.seed, "step": self._step, "calls": self._calls}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Continue the random streams where they were."""
-        self._step = int(state["step"])
-        self._calls = int(state.get("calls", 0))
-
-    def _require_state(self, what: str) -> None:
-        learns = [rule.name for rule in self._options.rules.rules if rule.learns_state]
-        if learns and not self._latest and not any(True for _ in self._graphrewrite.items()):
-            raise RuleError(
-                f"{what} of rule {learns[0]} is incomplete: its learned state is not created yet",
-                remedy="give example_inputs and example_targets to compile, or call materialize(x, y) first",
-            )
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Set the mode of the model; rule state has none."""
@@ -523,6 +474,7 @@ class CompiledModule(nn.Module):
         for derived in ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example"):
             state.pop(derived, None)
         state["losses"] = dict(self.losses)
+        state["_block_optimizers"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -542,35 +494,6 @@ class CompiledModule(nn.Module):
     def extra_repr(self) -> str:
         """The rule and the backend."""
         return f"rule={self._options.rules}, backend={self._options.backend}"
-
-
-class LossModule(nn.Module):
-    """`forward(x, y)` is `compiled.loss(x, y)`."""
-
-    def __init__(self, compiled: CompiledModule) -> None:
-        super().__init__()
-        self.compiled = compiled
-        self.training = compiled.training
-
-    def forward(self, x: Any, y: Any) -> torch.Tensor:
-        """The rule's loss."""
-        return self.compiled.loss(x, y)
-
-
-class _NoBackward(torch.autograd.Function):
-    """An output whose backward tells what to do instead."""
-
-    @staticmethod
-    def forward(ctx: Any, rule: str, anchor: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        ctx.rule = rule
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *_cotangents: Any) -> Any:
-        raise RuleError(
-            f"rule {ctx.rule} has no backward through compiled(x): its objective needs the targets",
-            remedy="train with compiled.loss(x, y).backward()",
-        )
 
 
 def _outline(inputs: Inputs) -> Inputs:
@@ -597,21 +520,3 @@ def _contiguous(leaf: Any) -> Any:
 
 def _sizes(node: Any) -> Any:
     return value(node).shape
-
-
-def _own_name(name: str, prefix: str) -> str:
-    start = f"{prefix}." if prefix else ""
-    rest = name[len(start) :]
-    return start + rest.removeprefix(_MODULE_PREFIX)
-
-
-def _strip_module_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix + _MODULE_PREFIX)]:
-        state[prefix + key[len(prefix + _MODULE_PREFIX) :]] = state.pop(key)
-
-
-def _add_module_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_args: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix)]:
-        rest = key[len(prefix) :]
-        if not rest.startswith((_STATE_PREFIX, _COUNTER)):
-            state[prefix + _MODULE_PREFIX + rest] = state.pop(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,11 @@ from graphrewrite.graph.nodes import (
 )
 from graphrewrite.graph.partition import Partition
 from graphrewrite.pipeline import PassRecord
+
+if TYPE_CHECKING:
+    from graphrewrite.runtime.step_blocks import StepPlan
+
+_IGNORED = -100
 
 
 @dataclass
@@ -56,6 +61,8 @@ class Program:
     differentiable: list[InputSpec] = field(init=False)
     """Inputs that get a gradient, in the order in which the autograd function takes them."""
     positions: dict[InputSpec, int] = field(init=False)
+    plans: dict[str | None, StepPlan] = field(init=False, default_factory=dict)
+    """How `step_blocks` runs it, by the block that is trained alone; None: all blocks."""
 
     def __post_init__(self) -> None:
         part = self.partition
@@ -104,13 +111,33 @@ class Program:
         ]
         return list(_Apply.apply(self, values, on_backward, *tensors))  # type: ignore[no-untyped-call]
 
+    def check_labels(self, targets: Sequence[Any]) -> None:
+        """Class indices that do not exist are an error here where looking costs nothing; a GPU asserts by itself.
+
+        Raises:
+            RuleError: A class index is out of range.
+        """
+        classes = self.captured.graph.context.label_classes
+        if classes is None or not targets:
+            return
+        y = targets[0]
+        if not isinstance(y, torch.Tensor) or y.device.type != "cpu" or y.is_floating_point() or not y.numel():
+            return
+        counted = y[y != _IGNORED]
+        if counted.numel() and (counted.min() < 0 or counted.max() >= classes):
+            wrong = counted[(counted < 0) | (counted >= classes)][0].item()
+            raise RuleError(
+                f"the targets hold class {wrong}, the model's output has {classes} classes: 0 to {classes - 1}",
+                remedy="number the classes from 0; -100 marks targets that do not count",
+            )
+
     def run_forward(self, values: list[Any]) -> Sequence[Any]:
         """The forward stage alone, without a gradient."""
         with torch.no_grad():
-            return self._run(self.forward, values)[: self.partition.result_count]
+            return self.execute(self.forward, values)[: self.partition.result_count]
 
     @staticmethod
-    def _run(run: Run, values: list[Any]) -> Sequence[Any]:
+    def execute(run: Run, values: list[Any]) -> Sequence[Any]:
         """Casts are nodes of the graph: an autocast that is active around the call must not add its own."""
         active = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
         if not active:
@@ -131,7 +158,7 @@ class _Apply(torch.autograd.Function):
     def forward(ctx: Any, program: Program, values: list[Any], on_backward: Any, *tensors: torch.Tensor) -> Any:
         part = program.partition
         # autograd must see the tensors it was handed, not another reference to the same parameter
-        results = program._run(program.forward, values)
+        results = program.execute(program.forward, values)
         count = part.result_count
         outputs, saved = list(results[:count]), list(results[count:])
         for i in program._clone:
@@ -178,7 +205,7 @@ class _Apply(torch.autograd.Function):
                 missing.add(slot)
             tangents[slot] = given
         values += tangents
-        results = program._run(program.backward, values)
+        results = program.execute(program.backward, values)
         grads: list[Any] = []
         for spec, result, depends in zip(program.partition.backward_outputs, results, program._depends, strict=True):
             if not isinstance(spec, Grad):

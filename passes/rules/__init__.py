@@ -9,6 +9,8 @@ REGISTRY = {
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
     "frsf": "graphrewrite.passes.rules.frsf:FixedSignFeedback",
     "kp": "graphrewrite.passes.rules.kp:KolenPollack",
+    "local_loss": "graphrewrite.passes.rules.local_loss:LocalLoss",
+    "mono_forward": "graphrewrite.passes.rules.mono_forward:MonoForward",
     "pfa": "graphrewrite.passes.rules.pfa:ProductFeedbackAlignment",
     "reinmax": "graphrewrite.passes.rules.reinmax:ReinMax",
     "straight_through": "graphrewrite.passes.rules.straight_through:StraightThrough",
