@@ -19,10 +19,15 @@ def rms_normalise(h: torch.Tensor) -> torch.Tensor:
     return h / (rms + 1e-8)
 
 
-def class_count(graph: JointGraph) -> int:
-    """The number of classes: the last dimension of the model's first output."""
-    if not graph.model_outputs:
-        raise RuleError("the model has no floating-point output, so the number of classes is unknown")
+def class_count(graph: JointGraph, given: int | None = None) -> int:
+    """The number of classes: what is given, else the last dimension of the model's first output."""
+    if given is not None:
+        return given
+    if not graph.model_outputs or value(graph.model_outputs[0]).dim() == 0:
+        raise RuleError(
+            "the model has no floating-point output with a class dimension, so the number of classes is unknown",
+            remedy="give the rule's num_classes",
+        )
     return fix(value(graph.model_outputs[0]).shape[-1])
 
 

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from graphrewrite.passes.rules._boundary import feature_axis, names_of, sample_width
+from graphrewrite.passes.rules._boundary import sample_width
+from graphrewrite.passes.rules._forward_forward import (
+    Contrast,
+    Peer,
+    Taught,
+    known,
+    pass_info,
+    refuse_silent_blocks,
+    run_passes,
+    shares_batch,
+    teach_goodness,
+)
+from graphrewrite.passes.rules._labels import (
+    checked_labels,
+    codes,
+    hybrid_images,
+    other_labels,
+    overlay,
+    wrong_labels,
+)
 from graphrewrite.passes.rules._local import (
     class_count,
     float_input,
@@ -19,25 +38,11 @@ from graphrewrite.passes.rules._local import (
 from torch import fx
 from torch.nn import functional as F
 
-from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import LOSS_BLOCK, Loss, LossTerm, NodeInfo, Role, fix, info, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, Loss, LossTerm, NodeInfo, Role, fix, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
-
-Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def overlay(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """Write a class code over the first elements of each sample: the first pixels of the first row.
-
-    Args:
-        x: Samples, (batch, ...), at least as many elements each as there are classes.
-        code: One-hot or neutral class codes, (batch, classes).
-    """
-    flat = x.flatten(1)
-    return torch.cat([code.to(x.dtype), flat[:, code.shape[1] :]], dim=1).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,25 @@ class ForwardForward(Rule):
     The input carries the label. Goodness of a block's output h is its sum of squares; positive samples shall exceed
     the threshold, negative ones stay below it. Between blocks h is divided by its RMS, so that goodness does not
     leak on, and no cotangent crosses. The model's last block reads the normalised activations of a third pass, on
-    the input with a neutral label, and is trained by the task loss.
+    the input with a neutral label, and is trained by the task loss. Inside a block the derivative is exact: with
+    `blocks="auto"` a residual or transformer block learns by backpropagation inside, by Forward-Forward across.
+
+    A label of -100 means none: the sample gets the neutral code and has no part in the losses (nodes of a graph that
+    are not in the training set).
 
     Args:
         goodness: `"sum"` of squares, or `"mean"`.
         threshold: Theta per unit: the goodness at which a sample counts as positive is `threshold` times the number
             of units for the sum, `threshold` itself for the mean.
+        loss: `"hinton"`: softplus(theta - g+) + softplus(g- - theta), halved; `"symba"`: softplus(-alpha (g+ - g-)).
+        alpha: Slope of the `"symba"` loss.
+        collaboration: Whose goodness is added to a block's own, as a constant: that of no other block, of all
+            `"previous"` ones, or of `"all"` others. The threshold is then that of all that are summed.
+        negatives: `"random"`: the same sample with a random wrong label; `"all"`: with each wrong label in turn;
+            `"hybrid"`: images mixed from two of the batch, and no labels in the input at all (unsupervised; the
+            read-out alone learns labels); or `negatives(x, y)`, which returns wrong labels (integers like y) or the
+            negative inputs themselves (like x, label written in).
+        blurs: How often the mask of `"hybrid"` negatives is blurred.
         embed: Writes a class code into the input: `embed(x, code)` with codes of shape (batch, classes); default:
             `overlay`, the first elements of each sample.
         label_scale: The value that stands for 1 in the codes.
@@ -61,20 +79,30 @@ class ForwardForward(Rule):
         peer_momentum: Momentum of m, which starts at 0.5.
         readout: `"last"`: the last block on the last hidden block; `"all"`: a linear head on the outputs of the hidden
             blocks but the first; `"goodness"`: the class with the most goodness over the hidden blocks but the first.
+        num_classes: Default: the last dimension of the model's first output.
     """
 
     goodness: Literal["sum", "mean"] = "sum"
     threshold: float = 1.0
-    embed: Embed | None = None
+    loss: Literal["hinton", "symba"] = "hinton"
+    alpha: float = 4.0
+    collaboration: Literal["none", "previous", "all"] = "none"
+    negatives: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "random"
+    blurs: int = 6
+    embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     label_scale: float = 1.0
     peer: float = 0.03
     peer_momentum: float = 0.9
     readout: Literal["last", "all", "goodness"] = "last"
+    num_classes: int | None = None
 
     name = "ff"
     summary = "Forward-Forward: positive and negative data, a goodness per block"
     formula = "L_l = softplus(θ − g⁺) + softplus(g⁻ − θ),  g = Σ h²"
-    paper = "Hinton, The Forward-Forward Algorithm: Some Preliminary Investigations, 2022"
+    paper = (
+        "Hinton, The Forward-Forward Algorithm: Some Preliminary Investigations, 2022; SymBa: Lee and Song, 2023; "
+        "layer collaboration: Lorberbom et al., 2023"
+    )
     objective: ClassVar = "local"
     needs_loss = True
     changes_forward = True
@@ -86,50 +114,84 @@ class ForwardForward(Rule):
 
     def requires(self, graph: JointGraph) -> None:
         """A float input, one class per sample, and a hidden block."""
-        _known("goodness", self.goodness, ("sum", "mean"))
-        _known("readout", self.readout, ("last", "all", "goodness"))
-        float_input(graph)
+        known("goodness", self.goodness, ("sum", "mean"))
+        known("loss", self.loss, ("hinton", "symba"))
+        known("collaboration", self.collaboration, ("none", "previous", "all"))
+        known("readout", self.readout, ("last", "all", "goodness"))
+        if not callable(self.negatives):
+            known("negatives", self.negatives, ("random", "all", "hybrid"))
+        x = float_input(graph)
         label_input(graph)
-        refuse_blocks_before(graph, hidden_blocks(graph), self.name)
+        classes = class_count(graph, self.num_classes)
+        if classes < 2:
+            raise RuleError(f"ff tells classes apart, the model has {classes}", remedy="give num_classes")
+        hidden = hidden_blocks(graph)
+        refuse_blocks_before(graph, hidden, self.name)
+        refuse_silent_blocks(graph, [b.name for b in hidden])
+        if self._hybrid:
+            self._require_images(x)
+        elif self.embed is None and sample_width(x) < classes:
+            raise RuleError(
+                f"a sample of {sample_width(x)} elements has no room for the code of {classes} classes",
+                remedy="give `embed`, a function that writes a code into the input",
+            )
+
+    def _require_images(self, x: fx.Node) -> None:
+        if value(x).dim() != 4:
+            raise RuleError(
+                f"hybrid negatives mix images, (batch, channels, height, width); the input has {value(x).dim()} "
+                "dimensions",
+                remedy="let the model take images and flatten them itself, or use other negatives",
+            )
+        if self.readout == "goodness":
+            raise RuleError(
+                "with hybrid negatives no label is in the input, so goodness cannot choose one",
+                remedy="use readout='last' or readout='all'",
+            )
+
+    @property
+    def _hybrid(self) -> bool:
+        return self.negatives == "hybrid"
 
     # --- training --------------------------------------------------------------------------------------------------
 
     def run(self, graph: JointGraph) -> PassResult:
-        """Three forward passes, cut and taught."""
-        x, y, classes = float_input(graph), label_input(graph), class_count(graph)
+        """A positive, one or several negative and a neutral pass, cut and taught."""
+        x, classes = float_input(graph), class_count(graph, self.num_classes)
         hidden = [b.name for b in hidden_blocks(graph)]
-        outputs = graph.outputs
-        task = outputs[Loss()]
+        task = graph.outputs[Loss()]
         with graph.deferred():
             graph.drop_backward()
-            first = info(graph.forward_nodes()[0]).block
-            like = NodeInfo(role=Role.FORWARD, block=first, module=first)
-            counter, stream = graph.counter(), graph.stream()
-            positive = graph.splice(
-                lambda x, y: self._input(x, self._codes(y, classes)), [x, y], like=like.but(copy="pos")
-            )
-            negative = graph.splice(
-                lambda x, y, counter: self._input(x, self._codes(_wrong(y, classes, counter, stream), classes)),
-                [x, y, counter],
-                like=like.but(copy="neg"),
-            )
-            neutral = graph.splice(lambda x: self._neutral_input(x, classes), [x], like=like.but(copy="neutral"))
+            like = pass_info(graph, "pos")
+            y: fx.Node = graph.splice(lambda y: checked_labels(y, classes), [label_input(graph)], like=like)
+            positive: fx.Node = graph.splice(lambda x, y: self._input(x, y, classes), [x, y], like=like)
+            negatives = self._negative_inputs(graph, x, y, classes)
+            neutral = graph.splice(lambda x: self._neutral_input(x, classes), [x], like=pass_info(graph, "neutral"))
             raw = self._normalise(graph, hidden)
-            passes = {
-                label: graph.clone_forward({x: new}, label)
-                for label, new in (("pos", positive), ("neg", negative), ("neutral", neutral))
-            }
-            graph.move_updates(passes["pos"])
-            for copies in passes.values():
+            (pos,) = run_passes(graph, x, [positive], "pos")
+            neg = run_passes(graph, x, negatives, "neg")
+            (read,) = run_passes(graph, x, [neutral], "neutral")
+            graph.move_updates(pos)
+            for copies in (pos, *neg, read):
                 for boundary in raw:
                     graph.cut(copies[boundary])
             graph.remove_outputs(Loss, LossTerm)
-            self._read_out(graph, passes["neutral"], raw, task, classes)
-            for name, boundary in zip(names_of(raw), raw, strict=True):
-                self._teach(graph, boundary, passes["pos"][boundary], passes["neg"][boundary], name)
+            self._read_out(graph, read, raw, task, classes)
+            counted = graph.splice(
+                lambda y: torch.ones_like(y, dtype=torch.bool) if self._hybrid else y >= 0, [y], like=like
+            )
+            teach_goodness(
+                graph,
+                [Taught(b, pos[b], tuple(copies[b] for copies in neg)) for b in raw],
+                counted,
+                Contrast(self.goodness, self.threshold, self.loss, self.alpha),
+                collaboration=self.collaboration,
+                peer=Peer(self.peer, self.peer_momentum) if self.peer else None,
+                state_name=self.state_name,
+            )
         return PassResult(graph, True)
 
-    def _normalise(self, graph: JointGraph, hidden: list[str]) -> list[fx.Node]:
+    def _normalise(self, graph: JointGraph, hidden: Sequence[str]) -> list[fx.Node]:
         """Let the blocks behind each hidden boundary read it divided by its RMS; returns the boundaries."""
         raw = [boundary for block in hidden for boundary in graph.boundaries(block)]
         for boundary in raw:
@@ -155,94 +217,124 @@ class ForwardForward(Rule):
         graph.add_loss(LossTerm("task"), loss)
         graph.seed_loss(loss)
 
-    def _teach(self, graph: JointGraph, boundary: fx.Node, positive: fx.Node, negative: fx.Node, name: str) -> None:
-        block = info(boundary).block
-        if not self.peer:
-            graph.teach(block, self._goodness_loss, [positive, negative])
-            return
-        axis = feature_axis(boundary)
-        state = self.state_name(f"activity.{name}")
-        mean = graph.add_state(
-            state,
-            (fix(value(boundary).shape[axis]),),
-            lambda tensor, _generator: tensor.fill_(0.5),
-            dtype=value(boundary).dtype,
-        )
-
-        def activity(mean: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-            batch = h.mean(dim=tuple(d for d in range(h.dim()) if d != axis))
-            return self.peer_momentum * mean + (1 - self.peer_momentum) * batch
-
-        def loss(positive: torch.Tensor, negative: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-            m = activity(mean, positive)
-            return self._goodness_loss(positive, negative) + self.peer * (m.mean() - m).square().mean()
-
-        graph.teach(block, loss, [positive, negative, mean])
-        graph.update_state(state, activity, [positive])
-
-    def _goodness_loss(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-        """Binary cross-entropy of the goodness logits, averaged over both passes."""
-        return 0.5 * (F.softplus(-self._logit(positive)).mean() + F.softplus(self._logit(negative)).mean())
-
-    def _logit(self, h: torch.Tensor) -> torch.Tensor:
-        """Goodness minus threshold, one number per sample."""
-        squares = h.flatten(1).square()
-        if self.goodness == "mean":
-            return squares.mean(1) - self.threshold
-        return squares.sum(1) - self.threshold * squares.shape[1]
-
     # --- inputs ----------------------------------------------------------------------------------------------------
 
-    def _codes(self, y: torch.Tensor, classes: int) -> torch.Tensor:
-        return (y.unsqueeze(1) == torch.arange(classes, device=y.device)) * self.label_scale
+    def _negative_inputs(self, graph: JointGraph, x: fx.Node, y: fx.Node, classes: int) -> list[fx.Node]:
+        """The inputs of the negative passes."""
+        like = pass_info(graph, "neg")
+        if self.negatives == "all":
+            return self._one_input_each(
+                graph, x, y, range(1, classes), lambda y, k: other_labels(y, classes, k), classes, "neg"
+            )
+        if callable(self.negatives):
+            made = graph.splice(lambda x, y: self._users_negatives(x, y, classes), [x, y], like=like)
+            if tuple(value(made).shape) != tuple(value(x).shape):
+                raise RuleError(
+                    f"negatives(x, y) gave samples of shape {tuple(value(made).shape)} for inputs of shape "
+                    f"{tuple(value(x).shape)}",
+                    remedy="return wrong labels shaped like y, or negative inputs shaped like x",
+                )
+            return [made]
+        counter, stream = graph.counter(), graph.stream()
+        if self._hybrid:
+            return [
+                graph.splice(
+                    lambda x, counter: rms_normalise(hybrid_images(x, counter, stream, self.blurs)),
+                    [x, counter],
+                    like=like,
+                )
+            ]
+        return [
+            graph.splice(
+                lambda x, y, counter: self._input(x, wrong_labels(y, classes, counter, stream), classes),
+                [x, y, counter],
+                like=like,
+            )
+        ]
 
-    def _neutral(self, x: torch.Tensor, classes: int) -> torch.Tensor:
-        return x.new_full((x.shape[0], classes), self.label_scale / classes)
+    def _users_negatives(self, x: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:
+        assert callable(self.negatives)
+        made = self.negatives(x, y)
+        if made.is_floating_point():
+            return rms_normalise(made)
+        if tuple(made.shape) != tuple(y.shape):
+            raise RuleError(
+                f"negatives(x, y) gave labels of shape {tuple(made.shape)} for labels of shape {tuple(y.shape)}",
+                remedy="return one wrong label per sample, or negative inputs shaped like x",
+            )
+        return self._input(x, checked_labels(made, classes), classes)
 
-    def _input(self, x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    def _one_input_each(
+        self,
+        graph: JointGraph,
+        x: fx.Node,
+        y: fx.Node,
+        numbers: Sequence[int],
+        labels: Callable[[torch.Tensor, int], torch.Tensor],
+        classes: int,
+        label: str,
+    ) -> list[fx.Node]:
+        """The input under `labels(y, k)` for each number k: as one large batch where possible, else one by one."""
+
+        def make(x: torch.Tensor, y: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+            return torch.cat([self._input(x, labels(y, k), classes) for k in numbers])
+
+        if not shares_batch(graph):
+            return [graph.splice(lambda x, y: make(x, y, numbers), [x, y], like=pass_info(graph, label))]
+        return [
+            graph.splice(lambda x, y, k=k: make(x, y, [k]), [x, y], like=pass_info(graph, f"{label}{i or ''}"))
+            for i, k in enumerate(numbers)
+        ]
+
+    def _input(self, x: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:
         """The input of a pass: the code written in, then normalised as between blocks."""
-        return rms_normalise((self.embed or overlay)(x, codes))
+        if self._hybrid:
+            return rms_normalise(x)
+        return self._coded(x, codes(y, classes, self.label_scale, x.dtype))
+
+    def _neutral_input(self, x: torch.Tensor, classes: int) -> torch.Tensor:
+        if self._hybrid:
+            return rms_normalise(x)
+        return self._coded(x, x.new_full((x.shape[0], classes), self.label_scale / classes))
+
+    def _coded(self, x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        return rms_normalise((self.embed or overlay)(x, code))
 
     # --- prediction ------------------------------------------------------------------------------------------------
 
     def rewrite_forward(self, graph: JointGraph) -> None:
         """The neutral pass and its read-out, or the goodness of every label."""
-        x, classes = float_input(graph), class_count(graph)
+        x, classes = float_input(graph), class_count(graph, self.num_classes)
         hidden = [b.name for b in hidden_blocks(graph)]
-        first = info(graph.forward_nodes()[0]).block
-        like = NodeInfo(role=Role.FORWARD, block=first, module=first)
-        make = self._all_labels if self.readout == "goodness" else self._neutral_input
-        new = graph.splice(lambda x: make(x, classes), [x], like=like.but(copy="read"))
+        if self.readout == "goodness":
+            inputs = self._one_input_each(graph, x, x, range(classes), lambda x, k: _every(x, k), classes, "read")
+        else:
+            inputs = [graph.splice(lambda x: self._neutral_input(x, classes), [x], like=pass_info(graph, "read"))]
         raw = self._normalise(graph, hidden)
-        copies = graph.clone_forward({x: new}, "read")
-        read = [copies[boundary] for boundary in raw]
+        passes = run_passes(graph, x, inputs, "read")
+        copies = passes[0]
         first_output = graph.model_outputs[0]
         if self.readout == "all":
-            copies[first_output] = self._head(graph, read, classes, cut=False)
+            copies[first_output] = self._head(graph, [copies[boundary] for boundary in raw], classes, cut=False)
         elif self.readout == "goodness":
-            copies[first_output] = self._total_goodness(graph, read, classes)
+            copies[first_output] = self._total_goodness(graph, passes, raw[1:] or raw, classes)
         graph.set_outputs({spec: copies.get(node, node) for spec, node in graph.outputs.items()})
         graph.model_outputs = [copies.get(node, node) for node in graph.model_outputs]
         graph.sort()
 
-    def _neutral_input(self, x: torch.Tensor, classes: int) -> torch.Tensor:
-        return self._input(x, self._neutral(x, classes))
-
-    def _total_goodness(self, graph: JointGraph, boundaries: list[fx.Node], classes: int) -> fx.Node:
+    @staticmethod
+    def _total_goodness(
+        graph: JointGraph, passes: Sequence[dict[fx.Node, fx.Node]], boundaries: Sequence[fx.Node], classes: int
+    ) -> fx.Node:
         """Mean squares of the hidden blocks but the first, (batch, classes)."""
 
         def total(*values: torch.Tensor) -> torch.Tensor:
-            goodness = torch.stack([v.flatten(1).square().mean(1) for v in values]).sum(0)
-            return goodness.reshape(classes, -1).t()
+            goodness = torch.cat([v.flatten(1).square().mean(1) for v in values])
+            return goodness.reshape(len(boundaries), classes, -1).sum(0).t()
 
         like = NodeInfo(role=Role.FORWARD, block=LOSS_BLOCK, module="goodness", copy="read")
-        answer: fx.Node = graph.splice(total, boundaries[1:] or boundaries, like=like)
+        answer: fx.Node = graph.splice(total, [copies[b] for b in boundaries for copies in passes], like=like)
         return answer
-
-    def _all_labels(self, x: torch.Tensor, classes: int) -> torch.Tensor:
-        """Every sample with every label, labels first: (classes * batch, ...)."""
-        labels = torch.arange(classes, device=x.device).repeat_interleave(x.shape[0])
-        return self._input(x.repeat(classes, *([1] * (x.dim() - 1))), self._codes(labels, classes).to(x.dtype))
 
     def _head(self, graph: JointGraph, boundaries: list[fx.Node], classes: int, *, cut: bool) -> fx.Node:
         """A linear head, zero at first, on the normalised outputs of the hidden blocks but the first."""
@@ -250,7 +342,7 @@ class ForwardForward(Rule):
         widths = [sample_width(b) for b in scored]
         weight = graph.add_state(
             self.state_name("readout.weight"),
-            (classes, sum(widths)),
+            (fix(classes), sum(widths)),
             lambda tensor, _generator: tensor.zero_(),
             trainable=True,
             dtype=value(scored[0]).dtype,
@@ -268,11 +360,6 @@ class ForwardForward(Rule):
         return node
 
 
-def _wrong(y: torch.Tensor, classes: int, counter: torch.Tensor, stream: int) -> torch.Tensor:
-    """A uniformly random class that is not y."""
-    return (y + 1 + random.integers(counter, stream, y.shape, classes - 1)) % classes
-
-
-def _known(option: str, given: Any, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise RuleError(f"{option}={given!r} is unknown", remedy=f"use {' or '.join(map(repr, known))}")
+def _every(x: torch.Tensor, label: int) -> torch.Tensor:
+    """The same label for each sample."""
+    return torch.full((x.shape[0],), label, dtype=torch.int64, device=x.device)
