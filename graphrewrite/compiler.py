@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graphrewrite import registry, textform
+from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import VerifyError
@@ -76,14 +76,16 @@ def build_program(
         targets: Example targets, for the kinds that have a loss.
         probe: Example values of a graph's placeholders, for `verify="numeric"`.
     """
+    pipeline = _Pipeline(options, probe, kind)
     captured = _capture(model, options, kind, inputs, targets)
-    pipeline = _Pipeline(options, probe)
     graph = captured.graph
+    pipeline.stage("capture", graph)
     rules = options.rules.in_use(graph)
     for leaf, node in graph.inputs.items():
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
     differentiate(graph, seeded=kind not in ("predict", "feedback"))
+    pipeline.stage("differentiate", graph)
     operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
     graph = pipeline.run([p for p in operator_passes if p.before_rules], graph)
     for key, rule in rules:
@@ -115,7 +117,9 @@ def build_program(
     part = partition(graph)
     forward, backward = registry.find("backend", options.backend)(part)
     text, guards = make_guards(captured.graph if operator is captured.graph else graph)
-    return Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
+    program = Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
+    pipeline.finish(program)
+    return program
 
 
 def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, targets: Any) -> Captured:
@@ -143,8 +147,9 @@ def _wants_gradient(spec: Any, inputs: Inputs) -> bool:
 class _Pipeline:
     """Runs pass managers with the between-pass callbacks of the options, and keeps one history."""
 
-    def __init__(self, options: Options, probe: Callable[[JointGraph], list[Any]] | None) -> None:
+    def __init__(self, options: Options, probe: Callable[[JointGraph], list[Any]] | None, kind: Kind) -> None:
         self.history: list[PassRecord] = []
+        self._observers = observe.active()
         self._callbacks: list[Callback] = []
         if options.verify != "off":
             self._callbacks.append(_Verifier(recompute=options.verify == "numeric"))
@@ -152,6 +157,10 @@ class _Pipeline:
         if self._numeric is not None:
             self._callbacks.append(self._numeric)
         self._callbacks += options.callbacks
+        self._verifies = bool(self._callbacks)
+        self._callbacks += self._observers
+        for observer in self._observers:
+            observer.begin(kind)
 
     def run(self, passes: Sequence[Pass], graph: JointGraph, rule_key: int = NO_RULE) -> JointGraph:
         graph.current_rule = rule_key
@@ -165,11 +174,20 @@ class _Pipeline:
                 "expand", "aten", time.perf_counter() - started, True, len(graph.graph.nodes), len(expanded.graph.nodes)
             )
         )
-        if self._callbacks:
+        if self._verifies:
             verify(expanded, recompute=False)
         if self._numeric is not None:
             self._numeric.compare(graph, expanded, "expand")
+        self.stage("expand", expanded)
         return expanded
+
+    def stage(self, name: str, graph: JointGraph) -> None:
+        for observer in self._observers:
+            observer.stage(name, graph)
+
+    def finish(self, program: Program) -> None:
+        for observer in self._observers:
+            observer.finish(program)
 
 
 @dataclass(frozen=True)

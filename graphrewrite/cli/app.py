@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from graphrewrite import __version__
-from graphrewrite.cli import certify, compare, diff, inspect, listing, memory
+from graphrewrite.cli import certify, compare, diff, explain, inspect, listing, memory
 from graphrewrite.cli.show import error_line
 from graphrewrite.errors import GraphRewriteError
 
@@ -82,6 +82,7 @@ def _options(
 
 command("inspect", LOOK, inspect.inspect)
 command("diff", LOOK, diff.diff)
+command("explain", LOOK, explain.explain)
 command("certify", LOOK, certify.certify)
 command("memory", LOOK, memory.memory)
 command("compare", TRAIN, compare.compare)

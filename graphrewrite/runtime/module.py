@@ -509,9 +509,7 @@ def _outline(inputs: Inputs) -> Inputs:
 def _filled(outline: Inputs | None) -> Inputs:
     """Zeros with memory of their own: strides are part of the signature."""
     assert outline is not None
-    return Inputs(
-        *pytree.tree_map(_contiguous, outline.args), **pytree.tree_map(_contiguous, outline.kwargs)
-    )
+    return Inputs(*pytree.tree_map(_contiguous, outline.args), **pytree.tree_map(_contiguous, outline.kwargs))
 
 
 def _contiguous(leaf: Any) -> Any:

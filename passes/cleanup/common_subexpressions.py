@@ -34,6 +34,7 @@ class EliminateCommonSubexpressions(Pass):
         """Merge into the first occurrence, in order."""
         mutated = mutated_bases(graph.nodes)
         first: dict[Any, fx.Node] = {}
+        anywhere: dict[Any, fx.Node] = {}
         modified = False
         for node in list(graph.nodes):
             if node.op != "call_function" or is_impure(node) or base_of(node) in mutated:
@@ -45,6 +46,10 @@ class EliminateCommonSubexpressions(Pass):
             if kept is not node:
                 graph.substitute(node, kept)
                 modified = True
+                continue
+            twin = anywhere.setdefault((key[0], *key[3:]), node)
+            if twin is not node:
+                self.fail(graph, f"equal to %{twin.name}, but {_apart(twin, node)}", node)
         return PassResult(graph, modified)
 
 
@@ -61,6 +66,13 @@ def _key(node: fx.Node) -> Any:
     except TypeError:
         return None
     return key
+
+
+def _apart(twin: fx.Node, node: fx.Node) -> str:
+    """Why two equal operators are not merged."""
+    if is_backward(twin) != is_backward(node):
+        return "one is forward, the other backward: the value would have to be saved"
+    return f"in another block ({info(twin).block or 'none'} and {info(node).block or 'none'}): blocks stay independent"
 
 
 def _shared(node: fx.Node) -> bool:

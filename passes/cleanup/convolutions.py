@@ -42,6 +42,7 @@ class MergeConvolutionBackward(Pass):
                 continue
             mine, theirs = list(kept.args[_MASK]), list(node.args[_MASK])  # type: ignore[arg-type]
             if any(a and b for a, b in zip(mine, theirs, strict=True)):
+                self.fail(graph, f"computes what %{kept.name} computes as well", node)
                 continue
             kept.args = (*kept.args[:_MASK], [a or b for a, b in zip(mine, theirs, strict=True)])
             kept.meta["val"] = tuple(
@@ -54,6 +55,10 @@ class MergeConvolutionBackward(Pass):
                 user.replace_input_with(node, kept)
             graph.graph.erase_node(node)
             modified = True
+        for node in first.values():
+            cotangent, weight, *_ = node.args[_MASK]  # type: ignore[misc]
+            if not (cotangent and weight):
+                self.fail(graph, "no other call differentiates this convolution at the same cotangent", node)
         if modified:
             graph.sort()
         return PassResult(graph, modified)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.ops import is_random
 from graphrewrite.pipeline import Pass, PassResult
 
 
@@ -23,4 +24,8 @@ class EliminateDeadCode(Pass):
 
     def run(self, graph: JointGraph) -> PassResult:
         """Remove, from the last node to the first."""
-        return PassResult(graph, graph.prune() > 0)
+        removed = graph.prune()
+        for node in graph.nodes:
+            if node.op == "call_function" and not node.users and is_random(node):
+                self.fail(graph, "random: without it, later random numbers would be others than in eager mode", node)
+        return PassResult(graph, removed > 0)

@@ -41,9 +41,11 @@ class DropUnreadStatistics(Pass):
                 continue
             positions, flag = _BACKWARDS[node.target]
             if flag is not None and node.args[flag] is not True:
+                self.fail(graph, "in evaluation mode: its backward reads the running statistics", node)
                 continue
             args = list(node.args)
             if all(not isinstance(args[p], fx.Node) for p in positions):
+                self.fail(graph, "it gets no running statistics as it is", node)
                 continue
             for p in positions:
                 args[p] = None

@@ -10,12 +10,14 @@ from torch import fx
 
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import value
+from graphrewrite.graph.text import operator_name
 from graphrewrite.pipeline import Pass, PassResult
 
 aten = torch.ops.aten
 
 _DETACHES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_FOLDABLE = {aten.t.default, aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor}
 _END = 9223372036854775807
 
 
@@ -45,6 +47,8 @@ class FoldViews(Pass):
             if same is not None:
                 graph.substitute(node, same)
                 modified = True
+            elif node.target in _FOLDABLE and isinstance(node.args[0], fx.Node) and node.args[0].target is node.target:
+                self.fail(graph, f"{operator_name(node)} of {operator_name(node)}, but the two do not cancel", node)
         return PassResult(graph, modified)
 
     def _try_fold(self, node: fx.Node) -> fx.Node | None:

@@ -347,7 +347,6 @@ def fill_weights(distribution: Distribution, std: float) -> Fill:
     return fill_feedback(distribution, std * math.sqrt(3.0))
 
 
-
 def same_on_all_ranks(counter: torch.Tensor) -> torch.Tensor:
     """The counter with rank 0: feedback weights must not differ between the replicas of a model."""
     return torch.cat([counter[:2], torch.zeros_like(counter[:1])])

@@ -9,7 +9,18 @@ from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import LOSS_BLOCK, Loss, NodeInfo, Role, Tangent, info, is_backward, spec_of, value
+from graphrewrite.graph.nodes import (
+    LOSS_BLOCK,
+    Loss,
+    NodeInfo,
+    Role,
+    Tangent,
+    info,
+    is_backward,
+    is_getitem,
+    spec_of,
+    value,
+)
 from graphrewrite.pipeline import Pass, PassResult
 
 
@@ -45,11 +56,15 @@ class EarlyLocalBackward(Pass):
         """Find the region, replace its cotangent, scale what leaves it."""
         tangent = graph.inputs.get(Tangent(Loss()))
         if tangent is None:
+            self.fail(graph, "the backward starts from no loss in this graph")
             return PassResult(graph, False)
         region = self._region(graph, tangent)
         if not region:
             self.fail(graph, "every gradient depends on the task loss")
             return PassResult(graph, False)
+        for of, node in graph.grads().items():
+            if node not in region and not (is_getitem(node) and node.args[0] in region):
+                self.fail(graph, f"the gradient of {of} depends on the task loss, which comes last", node)
         scale = self.fp16_scale if any(_is_half(n) for n in region) else 1.0
         self._replace_cotangent(graph, tangent, region, scale)
         for node in (*region, *self._helpers(graph, region)):

@@ -25,4 +25,9 @@ class RecomputeRegions(Pass):
     def run(self, graph: JointGraph) -> PassResult:
         """Repeat the operators of all regions that the backward reads."""
         inside = [n for n in graph.nodes if n.op == "call_function" and not is_backward(n) and info(n).region]
-        return PassResult(graph, bool(inside) and graph.recompute(inside) > 0)
+        repeated = graph.recompute(inside) if inside else 0
+        if not inside:
+            self.fail(graph, "the model wraps nothing in torch.utils.checkpoint")
+        elif not repeated:
+            self.fail(graph, "the backward reads nothing that a checkpointed region computes")
+        return PassResult(graph, repeated > 0)
