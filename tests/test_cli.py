@@ -370,7 +370,7 @@ def test_certify_tells_the_rules_apart_and_why_one_is_refused(run: Run) -> None:
     path = rules["bp"]["blocks"][0]["weight_transport"]["path"]
     assert path[-1] == "parameter 2.weight"
     refused = run("certify", ":tokens", "--json").data["refused"]
-    assert list(refused) == ["ff"]
+    assert "floating-point input" in refused["ff"]
 
 
 def test_certify_prints_the_paths_on_request(run: Run) -> None:
