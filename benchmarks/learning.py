@@ -107,7 +107,6 @@ def run(name: str, given: argparse.Namespace, setting: Setting, data: Dataset) -
         "test_error_percent": round(100 * (1 - learner.points[-1].accuracy), 2),
         "seconds": round(time.perf_counter() - started),
         "processor_seconds": round(time.process_time() - busy),
-        "step_ms": round(1e3 * learner.median_seconds, 2),
         "saved_bytes": learner.saved_bytes,
         "course": [[p.epoch, round(100 * (1 - p.accuracy), 2)] for p in learner.points],
     }

@@ -7,49 +7,22 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
+from cli_run import TARGETS, Run, run_fixture
 from graphrewrite import registry
 from graphrewrite.cli.app import app
 from graphrewrite.cli.options import several_rules
 from graphrewrite.errors import GraphRewriteError
 from graphrewrite.textform import split_commas
 
-TARGETS = str(pathlib.Path(__file__).with_name("targets.py"))
-FAST = ("--epochs", "1", "--batch", "20", "--rate", "0.02", "--threads", "1")
-COMMANDS = ("inspect", "diff", "certify", "memory", "compare", "demo", "rules", "passes")
+run = run_fixture
 
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def data(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command, in this process. A word that starts with ":" is a factory of `targets.py`."""
-
-    def invoke(*words: str) -> Outcome:
-        args = [TARGETS + word if word.startswith(":") else word for word in words]
-        with pytest.raises(SystemExit) as stop:
-            app(args)
-        out, err = capsys.readouterr()
-        return Outcome(int(stop.value.code or 0), out, err)
-
-    return invoke
+COMMANDS = ("inspect", "diff", "certify", "memory", "compare", "demo", "rules", "passes", "codecs")
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -102,6 +75,8 @@ def test_entry_point_runs_as_a_process() -> None:
         (["inspect", ":mlp", "--rule", "nope"], "no rule is named 'nope'"),
         (["inspect", ":mlp", "--rule", "dfa{shard=true}"], "has no option 'shard'"),
         (["inspect", ":mlp", "--rule", "dfa{spatial=what}"], "'dense'"),
+        (["inspect", ":mlp", "--rule", "dfa{scale=much}"], "expected float, got str"),
+        (["inspect", ":mlp", "--rule", "ff{embed=nowhere:f}"], "No module named 'nowhere'"),
         (["inspect", ":mlp", "--rule", "nope=dfa"], "matches no block"),
         (["inspect", ":mlp", "--blocks", "nope*"], "no module matches"),
         (["inspect", ":mlp", "--seed", "-1"], "negative"),
@@ -109,11 +84,6 @@ def test_entry_point_runs_as_a_process() -> None:
         (["inspect", ":untaught", "--rule", "ff"], "(model, example_inputs, example_targets)"),
         (["inspect", ":tokens", "--rule", "ff"], "floating-point input"),
         (["certify", ":mlp", "--rule", "bp", "--rule", "nope"], "no rule is named 'nope'"),
-        (["compare", ":untaught"], "gives no targets"),
-        (["compare", ":mlp", "--rules", "bp,nope"], "no rule is named 'nope'"),
-        (["compare", ":tokens", "--dataset", "digits"], "1 x 8 x 8"),
-        (["compare", ":regression", "--rules", "bp", "--loss", ":square_loss"], "integer class"),
-        (["compare", "--data", "/no/such/folder"], "/no/such/folder does not exist"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_one(run: Run, words: list[str], told: str) -> None:
@@ -169,16 +139,33 @@ def test_a_damaged_export_is_told_in_one_line(run: Run, tmp_path: pathlib.Path) 
     assert "torch.export.save" in outcome.err
 
 
-def test_an_unwritable_page_is_found_out_before_training(
-    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from graphrewrite import training
+@dataclass
+class Scores:
+    """A result that torch does not know in another process."""
 
-    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("it trained first"))
-    for place in (tmp_path / "no" / "page.html", tmp_path):
-        outcome = run("compare", ":separable", "--html", str(place))
-        assert outcome.code == 1
-        assert f"cannot write {place}" in outcome.err
+    logits: torch.Tensor
+
+
+class Scorer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> Scores:
+        return Scores(self.linear(x))
+
+
+def test_an_export_that_returns_objects_of_a_library_is_told_plainly(run: Run, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model.pt2"
+    torch.export.register_dataclass(Scores, serialized_type_name="a.library.Scores")
+    torch.export.save(torch.export.export(Scorer(), (torch.randn(4, 3),)), path)
+    # a process that reads the file knows nothing of this registration
+    text = f"from graphrewrite.cli.app import app; app(['inspect', {str(path)!r}])"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "a.library.Scores, which torch cannot rebuild from a file; remedy: export it again with plain tuples" in line
 
 
 # --- reading options -------------------------------------------------------------------------------------------------
@@ -383,7 +370,7 @@ def test_certify_tells_the_rules_apart_and_why_one_is_refused(run: Run) -> None:
     path = rules["bp"]["blocks"][0]["weight_transport"]["path"]
     assert path[-1] == "parameter 2.weight"
     refused = run("certify", ":tokens", "--json").data["refused"]
-    assert list(refused) == ["ff"]
+    assert "floating-point input" in refused["ff"]
 
 
 def test_certify_prints_the_paths_on_request(run: Run) -> None:
@@ -425,7 +412,12 @@ def test_lists_have_every_registered_name_with_its_options(run: Run) -> None:
     passes = {entry["name"]: entry for entry in run("passes", "--json").data["passes"]}
     assert set(passes) == set(registry.known("pass"))
     assert passes["early_local_backward"]["options"] == {"fp16_scale": 4096.0}
+    codecs = {entry["name"]: entry for entry in run("codecs", "--json").data["codecs"]}
+    assert set(codecs) == set(registry.known("codec"))
+    assert codecs["bf16"]["summary"].startswith("Round to bfloat16")
+    assert codecs["bf16"]["summary"] in run("codecs").out
     text = run("rules").out
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
     for entry in rules.values():
         assert entry["paper"] in text
         assert entry["formula"] in text
@@ -444,60 +436,3 @@ def test_a_plugin_that_cannot_be_imported_is_listed_with_the_reason(run: Run, mo
     assert "plugin_dependency" in rules["dfa"]["summary"]
     assert rules["bp"]["formula"]
     assert run("rules").code == 0
-
-
-# --- compare, demo ---------------------------------------------------------------------------------------------------
-
-
-def test_compare_trains_a_target_under_several_rules(run: Run) -> None:
-    data = run("compare", ":separable", "--rules", "dfa", *FAST, "--epochs", "6", "--json").data
-    results = {one["rule"]: one for one in data["results"]}
-    assert list(results) == ["bp", "dfa"]
-    assert data["judged_on"] == "held-out fifth"
-    assert results["bp"]["step_ratio"] == 1.0
-    assert results["bp"]["accuracy"] >= 0.95
-    assert results["dfa"]["accuracy"] >= 0.95
-    assert all(one == pytest.approx(1.0, abs=1e-5) for one in results["bp"]["alignment"].values())
-    assert results["dfa"]["alignment"]["4"] == pytest.approx(1.0, abs=1e-5)
-    assert results["dfa"]["alignment"]["0"] < 0.999
-    assert [point["epoch"] for point in results["dfa"]["points"]] == list(range(1, 7))
-    assert [results[r]["certificates"]["weight_transport"] for r in results] == [True, False]
-
-
-def test_compare_leaves_out_rules_nobody_asked_for_that_do_not_fit(run: Run) -> None:
-    outcome = run("compare", ":tokens", *FAST, "--json")
-    assert [one["rule"] for one in outcome.data["results"]] == ["bp", "dfa"]
-    assert outcome.err.startswith("ff{threshold=0.3} is left out: ")
-    assert run("compare", ":tokens", "--epochs", "1", "--rules", "ff").code == 1
-
-
-def test_compare_prints_and_writes_hostile_names_as_they_are(run: Run, tmp_path: pathlib.Path) -> None:
-    page = tmp_path / "page.html"
-    outcome = run("compare", ":hostile", "--rules", "bp,dfa", *FAST, "--html", str(page))
-    assert outcome.code == 0
-    assert "<script>alert(1)</script>[bold]" in outcome.out
-    written = page.read_text(encoding="utf-8")
-    assert "<script" not in written
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;[bold]" in written
-    assert "&amp;amp;" in written
-
-
-def test_compare_reads_mnist_from_a_folder(run: Run, data_folder: pathlib.Path) -> None:
-    words = ["compare", "--data", str(data_folder), "--rules", "bp", *FAST, "--batch", "500", "--json"]
-    data = run(*words).data
-    assert data["data"] == "mnist, 60000 training and 10000 test samples"
-    assert data["results"][0]["accuracy"] > 0.9
-
-
-def test_demo_ends_with_dfa_and_ff_within_three_points_of_bp(run: Run, tmp_path: pathlib.Path) -> None:
-    page = tmp_path / "demo.html"
-    threads = torch.get_num_threads()
-    data = run("demo", "--epochs", "60", "--html", str(page), "--json").data
-    assert torch.get_num_threads() == threads
-    bp, dfa, ff = data["results"]
-    assert bp["accuracy"] > 0.96
-    assert dfa["accuracy"] > bp["accuracy"] - 0.03
-    assert ff["accuracy"] > bp["accuracy"] - 0.03
-    assert [r["certificates"]["update_locked"] for r in data["results"]] == [True, True, False]
-    assert (bp["rule"], dfa["rule"], ff["rule"]) == ("bp", "dfa", "ff{threshold=0.3}")
-    assert page.read_text(encoding="utf-8").count("<svg") == 4

@@ -36,7 +36,10 @@ app = typer.Typer(
 
 def command(name: str, panel: str, function: Callable[..., None]) -> None:
     """Add a command; its errors become one line and exit code 1."""
-    app.command(name, rich_help_panel=panel)(told_in_one_line(function))
+    paragraphs = (function.__doc__ or "").split("\n\n")
+    # one line each: otherwise the help keeps the line ends of the source
+    help_text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name, rich_help_panel=panel, help=help_text)(told_in_one_line(function))
 
 
 def told_in_one_line(function: Callable[..., None]) -> Callable[..., None]:

@@ -58,7 +58,10 @@ class DataName(StrEnum):
 
 def compare(
     target: Annotated[
-        str | None, typer.Argument(metavar="[TARGET]", help="What to train; default: a small net.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="TARGET", help="What to train, as for inspect; default: a small net.", show_default=False
+        ),
     ] = None,
     rules: Annotated[
         str | None,

@@ -34,9 +34,7 @@ def comparison_page(held: Comparison) -> str:
             _certificates(held.results),
             "<h2>Accuracy</h2>",
             _accuracy(held),
-            "<h2>Alignment with backpropagation</h2>",
-            f"<p>{ABOUT_ALIGNMENT}</p>",
-            f'<div class="charts">{"".join(_alignment(r, held.blocks) for r in held.results)}</div>',
+            *_alignments(held),
             "<h2>Rules</h2>",
             _table(
                 ["rule", "what it is", "formula"],
@@ -103,6 +101,16 @@ def _accuracy(held: Comparison) -> str:
     return f"<figure>{chart}<figcaption>{_legend(r.rule for r in held.results)}</figcaption></figure>"
 
 
+def _alignments(held: Comparison) -> list[str]:
+    """A chart for each rule but backpropagation itself, which comes first."""
+    others = held.results[1:]
+    if not others:
+        return []
+    charts = "".join(_alignment(r, held.blocks) for r in others)
+    head = ["<h2>Alignment with backpropagation</h2>", f"<p>{ABOUT_ALIGNMENT}</p>"]
+    return [*head, f'<div class="charts">{charts}</div>']
+
+
 def _alignment(result: RuleResult, blocks: Sequence[str]) -> str:
     names = [b for b in blocks if any(b in p.alignment for p in result.points)]
     series = [Series(b, [(p.epoch, p.alignment.get(b, math.nan)) for p in result.points]) for b in names]
@@ -113,6 +121,7 @@ def _alignment(result: RuleResult, blocks: Sequence[str]) -> str:
         title=f"alignment of {result.rule} with backpropagation over training",
         x_label="epoch",
         y_range=(math.floor(5 * lowest) / 5, 1.0),
+        size=(440, 260),
     )
     return f"<figure><strong>{_code(result.rule)}</strong>{chart}<figcaption>{_legend(names)}</figcaption></figure>"
 

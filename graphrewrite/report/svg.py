@@ -10,7 +10,9 @@ from html import escape
 COLOURS = 8
 """Classes `line0` .. `line7` that the page's style sheet must define; further lines repeat them, dashed."""
 
-WIDTH, HEIGHT = 640, 300
+SIZE = 640, 300
+"""Width and height of a chart, in the units of its text (12)."""
+
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
 
 
@@ -23,7 +25,13 @@ class Series:
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, y_range: tuple[float, float], percent: bool = False
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_range: tuple[float, float],
+    percent: bool = False,
+    size: tuple[int, int] = SIZE,
 ) -> str:
     """A chart with axes, one line per series and a tooltip on every point.
 
@@ -33,28 +41,30 @@ def line_chart(
         x_label: What the horizontal axis counts.
         y_range: Lowest and highest value of the vertical axis.
         percent: Whether values are shares, shown as per cent.
+        size: Its width and height; a smaller one has larger text where both are drawn equally wide.
     """
+    width, height = size
     low, high = y_range
     end = max((x for one in series for x, _ in one.points), default=1.0) or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         inside = min(max(y, low), high)
-        across = LEFT + (WIDTH - LEFT - RIGHT) * x / end
-        return round(across, 1), round(TOP + (HEIGHT - TOP - BOTTOM) * (high - inside) / (high - low), 1)
+        across = LEFT + (width - LEFT - RIGHT) * x / end
+        return round(across, 1), round(TOP + (height - TOP - BOTTOM) * (high - inside) / (high - low), 1)
 
     def shown(y: float) -> str:
         return f"{100 * y:.4g} %" if percent else f"{y:.3g}"
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     for tick in ticks(low, high):
         _, y = place(0, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{shown(tick)}</text>')
     for tick in ticks(0, end):
         x, _ = place(tick, low)
-        parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+        parts.append(f'<text class="tick" x="{x}" y="{height - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
+    middle = (LEFT + width - RIGHT) / 2
+    parts.append(f'<text class="tick" x="{middle}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>')
     for number, one in enumerate(series):
         drawn = [(x, y) for x, y in one.points if not math.isnan(y)]
         path = " ".join("{},{}".format(*place(x, y)) for x, y in drawn)
