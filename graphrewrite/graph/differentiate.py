@@ -12,7 +12,7 @@ the consumers), so that sums are bitwise those of eager mode.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -455,6 +455,24 @@ class Backward:
                 result.meta["gr"] = info(result).but(cotangent_of=inputs[position])
             results[position] = result
         return results
+
+    def apply(
+        self, op: fx.Node, cotangents: Mapping[fx.Node, fx.Node], wanted: Collection[fx.Node] | None
+    ) -> dict[fx.Node, list[fx.Node]]:
+        """Nodes of an operator's pullbacks on given cotangents, without a place in the table."""
+        tape, inputs, outputs = self.tape(op), flat_inputs(op), outputs_of(op)
+        found: dict[fx.Node, list[fx.Node]] = {}
+        if tape is None:
+            return found
+        given = tuple(cotangents.get(outputs[i]) if i in outputs else None for i in range(len(tape.outputs)))
+        for row in self.rows(op):
+            active = tuple(
+                p for p in row.wrt if not self.is_weightlike(inputs[p]) and (wanted is None or inputs[p] in wanted)
+            )
+            made = self._materialise(row, given, active, tape) if active else {}
+            for position, held in made.items():
+                found.setdefault(inputs[position], []).append(held)
+        return found
 
     def _set_gradients(self) -> None:
         graph = self.graph

@@ -129,7 +129,8 @@ def _sampler(index: fx.Node) -> tuple[fx.Node, int]:
         dim = args[1] if args[1] is not None else node.kwargs.get("dim")
         if dim is None:
             raise NotFoundError("the arg max is over all dimensions")
-        return node, int(dim)  # type: ignore[call-overload,no-any-return]
+        assert isinstance(dim, int)
+        return node, dim
     raise NotFoundError(f"its index comes from {node.target}, which is no argmax, max or multinomial")
 
 
@@ -182,10 +183,9 @@ def _read_by_model(sample: fx.Node) -> fx.Node:
         return sample
     detached = users[0].args[1]
     sums = [u for u in users[0].users if u.target is aten.add.Tensor and not is_backward(u)]
-    if len(sums) == 1 and isinstance(detached, fx.Node) and detached.target is aten.detach.default:
-        if detached.args[0] in sums[0].args:
-            return sums[0]
-    return sample
+    if not isinstance(detached, fx.Node) or detached.target is not aten.detach.default or len(sums) != 1:
+        return sample
+    return sums[0] if detached.args[0] in sums[0].args else sample
 
 
 @dataclass(frozen=True)
