@@ -105,6 +105,8 @@ class Backward:
         self.cuts: set[tuple[fx.Node, fx.Node]] = set()
         """Edges (value, consumer) through which no cotangent returns."""
         self.deferred = 0
+        self.seeded = True
+        """Whether cotangents enter at the outputs."""
         self._sums: dict[fx.Node, _Sum] = {}
         self._live: set[fx.Node] = set()
         self._gone: set[fx.Node] = set()
@@ -493,6 +495,7 @@ class Backward:
             return tuple(None if n is None else env[n] for n in nodes)
 
         other = Backward(graph)
+        other.seeded = self.seeded
         other.seeds = {env[v]: [env[s] for s in seeds] for v, seeds in self.seeds.items()}
         other.cuts = {(env[v], env[c]) for v, c in self.cuts}
         other._sums = {env[v]: _Sum(moved(s.terms), env[s.total]) for v, s in self._sums.items()}  # type: ignore[arg-type]
@@ -537,13 +540,24 @@ def differentiate(graph: JointGraph, *, seeded: bool = True) -> JointGraph:
         seeded: Whether any cotangent enters; without, there is a backward table but no backward.
     """
     graph.level = "operator"
-    backward = graph.backward = Backward(graph)
-    if not seeded:
-        return graph
+    graph.backward = Backward(graph)
+    graph.backward.seeded = seeded
+    seed_outputs(graph)
+    return graph
+
+
+def seed_outputs(graph: JointGraph) -> None:
+    """Let cotangents enter at the outputs that require grad and have none, unless the graph is not to have any.
+
+    A pass that gives a derivative to what had none calls it: an output may require grad now.
+    """
+    backward = graph.backward
+    if backward is None or not backward.seeded:
+        return
     outputs = graph.outputs
     starts: dict[OutputSpec, fx.Node] = {spec: n for spec, n in outputs.items() if isinstance(spec, Loss)}
     starts = starts or {spec: n for spec, n in outputs.items() if isinstance(spec, UserOutput)}
-    seen: set[fx.Node] = set()
+    seen: set[fx.Node] = {node for node in starts.values() if backward.seeds.get(node)}
     for spec, node in starts.items():
         if node in seen or not is_float(node) or not backward.requires_grad(node):
             continue
@@ -552,4 +566,3 @@ def differentiate(graph: JointGraph, *, seeded: bool = True) -> JointGraph:
         tangent = graph.placeholder(Tangent(spec), graph.fresh_fake(value(node)), f"tangent_{name}")
         backward.seed(node, tangent)
     backward.propagate()
-    return graph

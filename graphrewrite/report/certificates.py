@@ -14,8 +14,8 @@ def to_json(rule: str, held: Certificates) -> dict[str, Any]:
     """The certificates of one rule's graph.
 
     Returns:
-        `rule`; each property, `locality_radius` and `backward_depth`, of the whole graph; `forward_passes`; `saved_bytes` by block;
-        `blocks`, where a property is `{"holds", "path"}`: the chain of nodes that proves it.
+        `rule`; each property, `locality_radius` and `backward_depth`, of the whole graph; `forward_passes`;
+        `saved_bytes` by block; `blocks`, where a property is `{"holds", "path"}`: the chain of nodes that proves it.
     """
     return {
         "rule": rule,

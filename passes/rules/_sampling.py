@@ -13,6 +13,7 @@ from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import is_view
+from graphrewrite.graph.differentiate import seed_outputs
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import info, is_backward, is_float, is_getitem, value
 from graphrewrite.graph.ops import is_random
@@ -282,13 +283,14 @@ class SampleDerivative(Rule):
     def run(self, graph: JointGraph) -> PassResult:
         """Find the samples and replace their derivatives."""
         assert graph.backward is not None
-        if not graph.backward.seeds:
+        if not graph.backward.seeded:
             return PassResult(graph, False)
         blocks = {block.name for block in graph.rule_blocks()}
         paths = {info(n).module for n in graph.forward_nodes()}
         modules = set(select(sorted(paths), self.only, self.skip))
         with graph.deferred():
             count = self.rewrite(graph, lambda node: info(node).block in blocks and info(node).module in modules)
+        seed_outputs(graph)
         if not count:
             self.fail(graph, "found nothing to give a derivative to")
             reasons = "; ".join(text for made_by, _, text in graph.log.entries if made_by == self.name)
