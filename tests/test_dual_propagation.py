@@ -66,14 +66,14 @@ def test_dyads(act, gamma):
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.LeakyReLU, nn.Identity])
 def test_piecewise_linear_without_sign_flips_is_backpropagation(act):
-    """Identity 7, at gamma=0.1, to round-off."""
+    """Identity 7, at gamma=0.1, to the round-off of a difference of activations."""
     model, (x, y) = net(act), batch()
     for layer in (model[0], model[2]):  # half of the units well above zero, half well below
         nn.init.constant_(layer.bias, 6.0)
         layer.bias.data[::2] *= -1
     compiled = compiled_dual(model, x, y, "dual_propagation{gamma=0.1}")
     exact = eager_grads(model, F.cross_entropy(model(x), y))
-    assert_close(train_step(compiled, x, y), exact, rtol=1e-13)
+    assert_close(train_step(compiled, x, y), exact, rtol=1e-11)
     linear = any("no activation" in text for _, _, text in compiled.graph().log.entries)
     assert linear == (act is nn.Identity)
 
