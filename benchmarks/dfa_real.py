@@ -2,9 +2,9 @@
 
     GRAPHREWRITE_DATA=folder python benchmarks/dfa_real.py
 
-* Cora, public split, 2-layer GCN with 16 hidden units; test accuracy at the best validation epoch. Settings of
-  Launay et al. 2020: Adam 0.01; DFA with dropout 0.1 and weight decay 1e-4 on the first layer, BP and top-only with 0.5
-  and 5e-4.
+* Cora, public split, 2-layer GCN with 16 hidden units; test accuracy at the best validation, one in 5 epochs. Settings
+  of Launay et al. 2020: Adam 0.01; DFA with dropout 0.1 and weight decay 1e-4 on the first layer, BP and top-only with
+  0.5 and 5e-4.
 * Tiny Shakespeare by characters, a small pre-norm GPT, macro placement; validation loss in nats per character. One
   learning rate for all.
 
@@ -63,11 +63,13 @@ def cora_arm(graph: Graph, arm: str, seed: int, epochs: int) -> dict[str, Any]:
     groups = [{"params": model.conv1.parameters(), "weight_decay": decay}, {"params": model.conv2.parameters()}]
     optimizer = torch.optim.Adam(groups, lr=0.01)
     best = (0.0, 0.0)
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
         compiled.train()
         optimizer.zero_grad()
         compiled.loss((x, graph.edge_index), targets).backward()
         optimizer.step()
+        if epoch % 5:
+            continue
         compiled.eval()
         with torch.no_grad():
             right = compiled(x, graph.edge_index).argmax(1) == graph.y
@@ -167,9 +169,9 @@ def shakespeare_arm(folder: str | None, arm: str, seed: int, steps: int, rate: f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=None)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=250)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     given = parser.parse_args()
     torch.set_num_threads(1)
     graph = planetoid(given.data, "cora")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from graphrewrite.passes.rules._feedback import hidden_boundaries
 from graphrewrite.passes.rules._residual import ADDITIONS, HEAVY, Paths, active
 from torch import fx
 
@@ -71,9 +72,7 @@ class Highway(Rule):
 
     def run(self, graph: JointGraph) -> PassResult:
         """Compute the cotangents beside the backward, then let them enter at the boundaries."""
-        mine = {block.name for block in graph.rule_blocks()}
-        ends = [(b, c) for name in mine for b in graph.boundaries(name) if (c := graph.crossing(b, loss=False))]
-        ends = [(boundary, consumers) for boundary, consumers in ends if graph.cotangent(boundary) is not None]
+        ends = [(b, consumers) for b, consumers in hidden_boundaries(graph) if graph.cotangent(b) is not None]
         if not ends:
             return PassResult(graph, False)
         hidden = {info(boundary).block for boundary, _ in ends}
