@@ -7,6 +7,7 @@ For every block, from the gradients of its parameters backwards:
 * **update locking**: does the block's update wait for the forward of a block behind it?
 * **locality radius**: how many blocks behind it enter the block's gradient at all, by parameters or activations?
 * **global error**: does the gradient depend on the task loss?
+* **backward depth**: how many blocks' products must run one after another in the backward before the gradient is there?
 
 Each finding comes with the chain of nodes that proves or breaks it. Nothing is declared by rules.
 """
@@ -21,6 +22,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from graphrewrite.analysis.cost import flops
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
@@ -75,6 +77,8 @@ class BlockCertificate:
     update_locked: Finding
     locality_radius: int
     global_error: Finding
+    backward_depth: int = 1
+    """Blocks, itself included, whose products, convolutions and attentions wait for each other in the backward."""
     affine_reads: tuple[str, ...] = ()
     """Element-wise parameters of other blocks that a cotangent read; no weight transport."""
     sign_reads: tuple[str, ...] = ()
@@ -122,6 +126,11 @@ class Certificates:
         """The largest of all blocks."""
         return max((b.locality_radius for b in self.blocks), default=0)
 
+    @property
+    def backward_depth(self) -> int:
+        """The largest of all blocks: with parallel blocks, the backward takes as long as this many of them."""
+        return max((b.backward_depth for b in self.blocks), default=0)
+
     def __getitem__(self, block: str) -> BlockCertificate:
         for one in self.blocks:
             if one.block == block:
@@ -146,7 +155,8 @@ class Certificates:
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
         ]
-        return "\n".join([*lines, f"forward passes: {self.forward_passes}"])
+        depth = f"blocks one after another in the backward: {self.backward_depth} of {len(self.blocks)}"
+        return "\n".join([*lines, depth, f"forward passes: {self.forward_passes}"])
 
 
 def certify(part: Partition) -> Certificates:
@@ -178,6 +188,7 @@ class _Prover:
             name: (nx.descendants(flow, name) if name in flow else set()) - {name, LOSS_BLOCK} for name in self.rules
         }
         self._terms = self._gradient_terms()
+        self._chains = self._block_chains()
 
     # --- facts -----------------------------------------------------------------------------------------------------
 
@@ -215,6 +226,22 @@ class _Prover:
                 else:
                     terms.setdefault(own.block, []).append(term)
         return terms
+
+    def _block_chains(self) -> dict[fx.Node, dict[str, int]]:
+        """Backward node -> block -> the longest chain of blocks with products that ends in it, on the way there."""
+        found: dict[fx.Node, dict[str, int]] = {}
+        for node in self.graph.nodes:
+            if not is_backward(node):
+                continue
+            longest: dict[str, int] = {}
+            for source in node.all_input_nodes:
+                for block, length in found.get(source, {}).items():
+                    longest[block] = max(longest.get(block, 0), length)
+            own = info(node).block
+            if own in self.rules and flops(node):
+                longest = {own: max([1, *(n + (block != own) for block, n in longest.items())])}
+            found[node] = longest
+        return found
 
     def forward_passes(self) -> int:
         """Distinct passes among the forward operators that compute activations."""
@@ -260,6 +287,7 @@ class _Prover:
                 lambda n: not is_backward(n) and n.op == "call_function" and info(n).block in behind,
             ),
             locality_radius=len(met),
+            backward_depth=max(n for start in starts for n in (1, *self._chains.get(start, {}).values())),
             global_error=self._first(everything, parents, _is_error),
             affine_reads=_unique(affine),
             sign_reads=_unique(signs),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -126,6 +126,8 @@ class Backward:
         self.mapped: dict[fx.Node, MappedGradient] = {}
         """Leaves whose gradient is another one than their cotangent."""
         self.deferred = 0
+        self.seeded = True
+        """Whether cotangents enter at the outputs."""
         self._sums: dict[fx.Node, _Sum] = {}
         self._live: set[fx.Node] = set()
         self._gone: set[fx.Node] = set()
@@ -499,6 +501,24 @@ class Backward:
             results[position] = result
         return results
 
+    def apply(
+        self, op: fx.Node, cotangents: Mapping[fx.Node, fx.Node], wanted: Collection[fx.Node] | None
+    ) -> dict[fx.Node, list[fx.Node]]:
+        """Nodes of an operator's pullbacks on given cotangents, without a place in the table."""
+        tape, inputs, outputs = self.tape(op), flat_inputs(op), outputs_of(op)
+        found: dict[fx.Node, list[fx.Node]] = {}
+        if tape is None:
+            return found
+        given = tuple(cotangents.get(outputs[i]) if i in outputs else None for i in range(len(tape.outputs)))
+        for row in self.rows(op):
+            active = tuple(
+                p for p in row.wrt if not self.is_weightlike(inputs[p]) and (wanted is None or inputs[p] in wanted)
+            )
+            made = self._materialise(row, given, active, tape) if active else {}
+            for position, held in made.items():
+                found.setdefault(inputs[position], []).append(held)
+        return found
+
     def _set_gradients(self) -> None:
         graph = self.graph
         graph.remove_outputs(Grad)
@@ -537,6 +557,7 @@ class Backward:
             return tuple(None if n is None else env[n] for n in nodes)
 
         other = Backward(graph)
+        other.seeded = self.seeded
         other.seeds = {env[v]: [env[s] for s in seeds] for v, seeds in self.seeds.items()}
         other.cuts = {(env[v], env[c]) for v, c in self.cuts}
         other._sums = {env[v]: _Sum(moved(s.terms), env[s.total]) for v, s in self._sums.items()}  # type: ignore[arg-type]
@@ -592,13 +613,24 @@ def differentiate(graph: JointGraph, *, seeded: bool = True) -> JointGraph:
         seeded: Whether any cotangent enters; without, there is a backward table but no backward.
     """
     graph.level = "operator"
-    backward = graph.backward = Backward(graph)
-    if not seeded:
-        return graph
+    graph.backward = Backward(graph)
+    graph.backward.seeded = seeded
+    seed_outputs(graph)
+    return graph
+
+
+def seed_outputs(graph: JointGraph) -> None:
+    """Let cotangents enter at the outputs that require grad and have none, unless the graph is not to have any.
+
+    A pass that gives a derivative to what had none calls it: an output may require grad now.
+    """
+    backward = graph.backward
+    if backward is None or not backward.seeded:
+        return
     outputs = graph.outputs
     starts: dict[OutputSpec, fx.Node] = {spec: n for spec, n in outputs.items() if isinstance(spec, Loss)}
     starts = starts or {spec: n for spec, n in outputs.items() if isinstance(spec, UserOutput)}
-    seen: set[fx.Node] = set()
+    seen: set[fx.Node] = {node for node in starts.values() if backward.seeds.get(node)}
     for spec, node in starts.items():
         if node in seen or not is_float(node) or not backward.requires_grad(node):
             continue
@@ -607,4 +639,3 @@ def differentiate(graph: JointGraph, *, seeded: bool = True) -> JointGraph:
         tangent = graph.placeholder(Tangent(spec), graph.fresh_fake(value(node)), f"tangent_{name}")
         backward.seed(node, tangent)
     backward.propagate()
-    return graph

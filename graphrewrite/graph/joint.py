@@ -12,6 +12,7 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `teach` | a local loss on boundaries; its own backward joins the graph |
 | `map_value` | consumers read a function of a value instead of the value |
 | `clone_forward` | a second forward pass on other inputs, same parameters |
+| `pull_back` | one operator's derivative, applied to another cotangent beside the backward |
 | `drop_backward` | delete the backward |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
 | `encode_saved` | store a saved tensor in another form |
@@ -289,6 +290,34 @@ class JointGraph(GraphCore):
         for residual in kept:
             if not isinstance(residual, fx.Node):
                 raise RuleError("residuals of replace_vjp must be tensors", node=node.name, module=info(node).module)
+
+    def pull_back(
+        self, node: fx.Node, cotangents: Mapping[fx.Node, fx.Node], inputs: Collection[fx.Node] | None = None
+    ) -> dict[fx.Node, list[fx.Node]]:
+        """Apply an operator's derivative to other cotangents, beside the backward that is there.
+
+        The nodes are new and not part of the backward: they live as long as something (a `redirect`) reads them.
+
+        Args:
+            node: A forward operator.
+            cotangents: A cotangent for each of its outputs, or for some of them.
+            inputs: The activations whose cotangents are wanted; default: all of its inputs that require grad and are
+                no weights.
+
+        Returns:
+            For each activation its cotangents, one for each time the operator reads it.
+        """
+        return self._table().apply(node, cotangents, inputs)
+
+    def returned(self, node: fx.Node, consumers: Iterable[fx.Node]) -> list[fx.Node]:
+        """The cotangents that come back to a forward value from some of its consumers, and those seeded there."""
+        table = self._table()
+        found = list(table.seeds.get(node, ()))
+        for consumer in consumers:
+            inputs = flat_inputs(consumer)
+            for row in table.rows(consumer):
+                found += [held for position, held in row.results.items() if inputs[position] is node]
+        return found
 
     def replace_primal(
         self, node: fx.Node, position: int, by: fx.Node, *, part: Part = "d", propagate: bool = True

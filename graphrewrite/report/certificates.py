@@ -14,13 +14,14 @@ def to_json(rule: str, held: Certificates) -> dict[str, Any]:
     """The certificates of one rule's graph.
 
     Returns:
-        `rule`; each property and `locality_radius`, of the whole graph; `forward_passes`; `saved_bytes` by block;
-        `blocks`, where a property is `{"holds", "path"}`: the chain of nodes that proves it.
+        `rule`; each property, `locality_radius` and `backward_depth`, of the whole graph; `forward_passes`;
+        `saved_bytes` by block; `blocks`, where a property is `{"holds", "path"}`: the chain of nodes that proves it.
     """
     return {
         "rule": rule,
         **{name: getattr(held, name) for name in PROPERTIES},
         "locality_radius": held.locality_radius,
+        "backward_depth": held.backward_depth,
         "forward_passes": held.forward_passes,
         "saved_bytes": held.saved_bytes,
         "blocks": [_block(block) for block in held.blocks],
@@ -34,6 +35,7 @@ def _block(block: BlockCertificate) -> dict[str, Any]:
         "rule": block.rule,
         **{name: {"holds": found.holds, "path": list(found.path)} for name, found in findings.items()},
         "locality_radius": block.locality_radius,
+        "backward_depth": block.backward_depth,
         "affine_reads": list(block.affine_reads),
         "sign_reads": list(block.sign_reads),
         "local_reads": list(block.local_reads),

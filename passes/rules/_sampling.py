@@ -13,6 +13,7 @@ from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import is_view
+from graphrewrite.graph.differentiate import seed_outputs
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import info, is_backward, is_float, is_getitem, value
 from graphrewrite.graph.ops import is_random
@@ -129,7 +130,8 @@ def _sampler(index: fx.Node) -> tuple[fx.Node, int]:
         dim = args[1] if args[1] is not None else node.kwargs.get("dim")
         if dim is None:
             raise NotFoundError("the arg max is over all dimensions")
-        return node, int(dim)  # type: ignore[call-overload,no-any-return]
+        assert isinstance(dim, int)
+        return node, dim
     raise NotFoundError(f"its index comes from {node.target}, which is no argmax, max or multinomial")
 
 
@@ -182,10 +184,9 @@ def _read_by_model(sample: fx.Node) -> fx.Node:
         return sample
     detached = users[0].args[1]
     sums = [u for u in users[0].users if u.target is aten.add.Tensor and not is_backward(u)]
-    if len(sums) == 1 and isinstance(detached, fx.Node) and detached.target is aten.detach.default:
-        if detached.args[0] in sums[0].args:
-            return sums[0]
-    return sample
+    if not isinstance(detached, fx.Node) or detached.target is not aten.detach.default or len(sums) != 1:
+        return sample
+    return sums[0] if detached.args[0] in sums[0].args else sample
 
 
 @dataclass(frozen=True)
@@ -282,13 +283,14 @@ class SampleDerivative(Rule):
     def run(self, graph: JointGraph) -> PassResult:
         """Find the samples and replace their derivatives."""
         assert graph.backward is not None
-        if not graph.backward.seeds:
+        if not graph.backward.seeded:
             return PassResult(graph, False)
         blocks = {block.name for block in graph.rule_blocks()}
         paths = {info(n).module for n in graph.forward_nodes()}
         modules = set(select(sorted(paths), self.only, self.skip))
         with graph.deferred():
             count = self.rewrite(graph, lambda node: info(node).block in blocks and info(node).module in modules)
+        seed_outputs(graph)
         if not count:
             self.fail(graph, "found nothing to give a derivative to")
             reasons = "; ".join(text for made_by, _, text in graph.log.entries if made_by == self.name)
