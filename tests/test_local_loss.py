@@ -162,7 +162,7 @@ def test_gradients_are_those_of_the_loop(head):
     sum(losses.values()).backward()
     wanted = {n: p.grad for n, p in reference.named_parameters()}
     wanted.update({f"_graphrewrite.{n}": s.grad for n, s in state.items() if s.requires_grad})
-    assert_close(grads_of(compiled, x, y), wanted, rtol=1e-7 if "sim" in head else 1e-10)
+    assert_close(grads_of(compiled, x, y), wanted, rtol=1e-6 if "sim" in head else 1e-10)
     for name, loss in losses.items():
         torch.testing.assert_close(compiled.losses[name], loss.detach(), rtol=1e-7, atol=1e-9)
     assert_local(compiled, x, y, ["0", "2", "4", "6"])
@@ -197,12 +197,16 @@ def pooled(h):
 
 
 def conv_predsim(h, w, y):
+    if h.dim() == 2:
+        return 0.01 * pred(h, w, y) + 0.99 * sim(h, w, y)
     rows = F.conv2d(h, w["similarity"], padding=1).flatten(2).std(2)
     similar = (cosines(rows) - cosines(F.one_hot(y, 3).to(h.dtype))).square().mean()
     return 0.01 * pred(pooled(h), w, y) + 0.99 * similar
 
 
 def conv_dgl(h, w, y):
+    if h.dim() == 2:
+        return dgl(h, w, y)
     h = F.avg_pool2d(h, 4)
     for i in range(3):
         h = norm_relu(F.conv2d(h, w[f"conv{i}_weight"]), w, f"conv{i}")
@@ -211,7 +215,7 @@ def conv_dgl(h, w, y):
 
 @pytest.mark.parametrize(("head", "loss"), [('"predsim{features=64}"', conv_predsim), ("dgl", conv_dgl)])
 def test_heads_on_maps(head, loss):
-    # the second stage has stride 2: 8 x 8 then 4 x 4; dgl pools to 2 x 2 and 1 x 1
+    # 8 x 8 positions, then 4 x 4 (dgl pools to 2 x 2 and 1 x 1), then their mean, which joins the last stage's block
     model = Net().double()
     x, y = torch.randn(6, 2, 8, 8, dtype=torch.float64), torch.randint(0, 3, (6,))
     compiled = compile_(model, head, x, y, blocks="auto")
@@ -219,10 +223,10 @@ def test_heads_on_maps(head, loss):
     state = {n: s.detach().clone().requires_grad_() for n, s in compiled.rule_state.items()}
     h, total = x, 0.0
     for i, stage in enumerate(reference.stages):
-        h = stage(h.detach())
+        h = stage(h.detach()) if i < 2 else stage(h.detach()).mean((2, 3))
         start = f"local_loss.head.stages.{i}."
         total = total + loss(h, {n.removeprefix(start): s for n, s in state.items() if n.startswith(start)}, y)
-    (total + F.cross_entropy(reference.fc(h.mean((2, 3)).detach()), y)).backward()
+    (total + F.cross_entropy(reference.fc(h.detach()), y)).backward()
     wanted = {n: p.grad for n, p in reference.named_parameters()}
     wanted.update({f"_graphrewrite.{n}": s.grad for n, s in state.items()})
     assert_close(grads_of(compiled, x, y), wanted, rtol=1e-5)  # the standard deviation is smoothed by 1e-8
@@ -256,13 +260,13 @@ def test_aug_local_copies_blocks_with_their_normalisation():
     heads = {n: s.detach().clone().requires_grad_() for n, s in held.items() if n.endswith((".weight", ".bias"))}
     h, total = x, 0.0
     for i, stage in enumerate(reference.stages):
-        h = stage(h.detach())
+        h = stage(h.detach()) if i < 2 else stage(h.detach()).mean((2, 3))
         z = h
-        for prefix, (aux, _path) in twins.items():
+        for prefix, (aux, path) in twins.items():
             if prefix.startswith(f"stages.{i}."):
-                z = aux(z)
+                z = aux(z) if path != "stages_2" else aux(z).mean((2, 3))
         total = total + F.cross_entropy(z.flatten(1) @ heads[f"stages.{i}.weight"].t() + heads[f"stages.{i}.bias"], y)
-    (total + F.cross_entropy(reference.fc(h.mean((2, 3)).detach()), y)).backward()
+    (total + F.cross_entropy(reference.fc(h.detach()), y)).backward()
     wanted = {n: p.grad for n, p in reference.named_parameters()}
     wanted.update({PREFIX + n: s.grad for n, s in heads.items()})
     for prefix, (aux, path) in twins.items():
@@ -360,7 +364,8 @@ def test_masked_node_classification():
 
     def loss(outputs, targets):
         labels, chosen = targets
-        return (F.cross_entropy(outputs, labels, reduction="none") * chosen).sum() / chosen.sum()
+        picked = outputs.log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        return -(picked * chosen).sum() / chosen.sum()
 
     compiled = gr.compile(case.model, "mono_forward", loss=loss).materialize(x, (y, mask.float()))
     compiled.loss(x, (y, mask.float()))
