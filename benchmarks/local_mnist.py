@@ -9,6 +9,7 @@ batch. The rules' learning rates are the same. Writes `results/local_mnist.json`
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import torch
 from common import write
@@ -36,7 +37,7 @@ def main() -> None:
     data = datasets.mnist(given.data).flat()
     data = data._replace(train=take(data.train, torch.arange(min(given.samples, len(data.train.y)))))
     sizes = [784, *[given.width] * given.hidden]
-    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(given.width, 10))
     budget = Budget(epochs=given.epochs, batch=given.batch, rate=given.rate)
     example = Split(data.train.x[: given.batch], data.train.y[: given.batch])
