@@ -1,9 +1,11 @@
 """Peak live activation bytes against depth, for every rule that is asked for, next to eager backpropagation.
 
-    python benchmarks/memory.py --rules bp,dfa,ff
+    python benchmarks/memory.py --rules bp dfa ff mono_forward "local_loss{head=predsim}" lls
 
 Bytes are storages allocated during one step, parameters and inputs not counted, the returned gradients subtracted, in
-units of one block's activation. Writes `results/memory.json`.
+units of one block's activation. For rules whose updates are not locked: the same of `step_blocks`, nothing subtracted,
+and the most bytes that all `.grad` take together, in KiB, in the ordinary step and in the unlocked one. Writes
+`results/memory.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 import graphrewrite as gr
 from graphrewrite.analysis.liveness import LiveBytes, backward_curve, forward_curve
 
-WIDTH, BATCH, DEPTHS = 64, 4096, (4, 16, 64)
+WIDTH, BATCH, DEPTHS = 64, 1024, (4, 16, 64)
+RULES = ["bp", "dfa", "ff", "mono_forward", "local_loss{head=predsim}", "lls"]
 
 
 class Block(nn.Module):
@@ -40,10 +43,25 @@ def peak(step: Callable[[], Any], known: Iterable[torch.Tensor]) -> int:
     return live.peak
 
 
+def grad_bytes(compiled: gr.CompiledModule) -> int:
+    return sum(p.grad.numel() * p.grad.element_size() for p in compiled.parameters() if p.grad is not None)
+
+
+def unlocked(
+    compiled: gr.CompiledModule, x: torch.Tensor, y: torch.Tensor, held: list[torch.Tensor], unit: int
+) -> dict[str, float]:
+    """Peaks of `step_blocks` with plain gradient descent, which holds no state of its own."""
+    optimizers = [torch.optim.SGD(group["params"], lr=0.0) for group in compiled.param_groups()]
+    alive: list[int] = []
+    compiled.step_blocks(x, y, optimizers, before_update=lambda *_: alive.append(grad_bytes(compiled)))
+    measured = peak(lambda: compiled.step_blocks(x, y, optimizers), held)
+    return {"": round(measured / unit, 2), ", gradients KiB": round(max(alive) / 1024, 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rules", default="bp,dfa,ff")
-    rules = parser.parse_args().rules.split(",")
+    parser.add_argument("--rules", nargs="+", default=RULES)
+    rules = parser.parse_args().rules
     unit = BATCH * WIDTH * 4
     rows = []
     for depth in DEPTHS:
@@ -69,14 +87,18 @@ def main() -> None:
         for rule in rules:
             compiled = gr.compile(model, rule)
             compiled.loss(x, y).backward()
+            returned = grad_bytes(compiled)
             compiled.zero_grad()
             held = [*compiled.parameters(), *compiled.buffers(), x, y]
             measured = peak(lambda c=compiled, x=x, y=y: c.loss(x, y).backward(), held)
             part = compiled.program().partition
             predicted = max(forward_curve(part).peak, backward_curve(part).peak)
-            row[rule] = round((measured - gradients) / unit, 2)
-            row[f"{rule}, predicted"] = round((predicted - gradients) / unit, 2)
+            row[rule] = round((measured - returned) / unit, 2)
+            row[f"{rule}, predicted"] = round((predicted - returned) / unit, 2)
             compiled.zero_grad()
+            if not compiled.report().certificates.update_locked:
+                row[f"{rule}, gradients KiB"] = round(returned / 1024, 1)
+                row.update({f"{rule}, step_blocks{k}": v for k, v in unlocked(compiled, x, y, held, unit).items()})
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()))
     print("written to", write("memory", rows))

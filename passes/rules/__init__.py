@@ -11,6 +11,7 @@ REGISTRY = {
     "frsf": "graphrewrite.passes.rules.frsf:FixedSignFeedback",
     "highway": "graphrewrite.passes.rules.highway:Highway",
     "kp": "graphrewrite.passes.rules.kp:KolenPollack",
+    "lls": "graphrewrite.passes.rules.lls:LocalLearningPeriodic",
     "local_loss": "graphrewrite.passes.rules.local_loss:LocalLoss",
     "mono_forward": "graphrewrite.passes.rules.mono_forward:MonoForward",
     "pfa": "graphrewrite.passes.rules.pfa:ProductFeedbackAlignment",

@@ -27,6 +27,7 @@ from graphrewrite.passes.rules._site import Site, Teacher, answer_of, answer_of_
 from torch import fx
 
 from graphrewrite.errors import RuleError
+from graphrewrite.graph.core import Block
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Param, Role, Target, fix, info, spec_of, value
 from graphrewrite.objective import default_loss
@@ -78,8 +79,9 @@ class Head:
     learns: ClassVar[bool] = True
     answers: ClassVar[bool] = True
 
-    def read(self, _graph: JointGraph, _rule: Rule, _name: str, boundary: fx.Node) -> fx.Node:
+    def read(self, graph: JointGraph, rule: Rule, name: str, boundary: fx.Node, hidden: Sequence[Block]) -> fx.Node:
         """The value that the head reads; a head may put operators of the graph behind the boundary."""
+        del graph, rule, name, hidden
         return boundary
 
     def init(self, site: Site) -> Mapping[str, Weight]:
@@ -174,17 +176,25 @@ class HeadRule(Rule):
                     _refuse_blind(graph, block.name)
                     continue
                 placed = [
-                    self._place(graph, head, name, boundary, answer.node)
+                    self._place(graph, head, name, boundary, answer.node, hidden)
                     for name, boundary in zip(names_of(boundaries), boundaries, strict=True)
                 ]
                 self._teach(graph, head, block.name, placed, targets)
         return PassResult(graph, True)
 
-    def _place(self, graph: JointGraph, head: Head, name: str, boundary: fx.Node, answer: fx.Node) -> _Placed:
+    def _place(
+        self, graph: JointGraph, head: Head, name: str, boundary: fx.Node, answer: fx.Node, hidden: Sequence[Block]
+    ) -> _Placed:
         """A head on a boundary: its site, what it reads, its weights."""
-        site = Site.at(graph, head.read(graph, self, name, boundary), answer, name)
+        site = Site.at(head.read(graph, self, name, boundary, hidden), answer, name)
         weights: dict[str, fx.Node] = {}
-        for key, weight in head.init(site).items():
+        wanted = head.init(site)
+        if self.share == "unembedding" and "weight" not in wanted:
+            raise RuleError(
+                f"head {type(head).__name__} has no matrix that the model's unembedding could stand for",
+                remedy="use head=pred, or share='heads'",
+            )
+        for key, weight in wanted.items():
             if self.share == "unembedding" and key == "weight":
                 weights[key] = _unembedding(graph, answer, weight.shape, site)
                 continue
@@ -221,9 +231,10 @@ class HeadRule(Rule):
             return
         head, answer = self.make_head(), answer_of_forward(graph)
         self._require_answers(head)
+        hidden = hidden_blocks_of(graph, answer)
         placed = [
-            self._place(graph, head, name, boundary, answer.node)
-            for block in hidden_blocks_of(graph, answer)
+            self._place(graph, head, name, boundary, answer.node, hidden)
+            for block in hidden
             for boundaries in [graph.boundaries(block.name)]
             for name, boundary in zip(names_of(boundaries), boundaries, strict=True)
         ]

@@ -96,7 +96,7 @@ class Site:
     dense: Literal["", "first", "last"] = ""
 
     @staticmethod
-    def at(graph: JointGraph, node: fx.Node, answer: fx.Node, name: str) -> Site:
+    def at(node: fx.Node, answer: fx.Node, name: str) -> Site:
         """The site at a boundary.
 
         Raises:

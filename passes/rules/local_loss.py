@@ -16,6 +16,7 @@ HEADS = {
     "sim": "graphrewrite.passes.rules._local_heads:Sim",
     "predsim": "graphrewrite.passes.rules._local_heads:PredSim",
     "dgl": "graphrewrite.passes.rules._local_heads:Dgl",
+    "aug_local": "graphrewrite.passes.rules._aug_local:AugLocal",
     "target_projection": "graphrewrite.passes.rules._local_heads:TargetProjection",
 }
 
@@ -28,16 +29,18 @@ class LocalLoss(HeadRule):
     ignored targets work for them as they do for the model.
 
     Args:
-        head: `"pred"`, `"sim"`, `"predsim"`, `"dgl"`, `"target_projection"`, each with options in braces
+        head: `"pred"`, `"sim"`, `"predsim"`, `"dgl"`, `"aug_local"`, `"target_projection"`, each with options in braces
             (`"predsim{beta=0.9}"`); `"package.module:MyHead"`; or a `Head` object or class.
     """
 
     head: str | Head | type[Head] = "predsim"
 
     name = "local_loss"
-    summary = "local auxiliary losses: a head on every block (pred, sim, predsim, dgl, target_projection, ...)"
+    summary = "local auxiliary losses: a head on every block (pred, sim, predsim, dgl, aug_local, ...)"
     formula = "L_l = (1−β) loss(D h_l, y) + β ‖S(A h_l) − S(onehot y)‖²  (predsim)"
-    paper = "Nøkland, Eidnes 2019; Belilovsky et al. 2020 (dgl); tpSGD 2021 (target_projection)"
+    paper = (
+        "Nøkland, Eidnes 2019; Belilovsky et al. 2020 (dgl); Ma et al. 2024 (aug_local); tpSGD 2021 (target_projection)"
+    )
 
     def __post_init__(self) -> None:
         """Know the head, or say which there are."""
