@@ -77,9 +77,11 @@ def shares_batch(graph: JointGraph) -> bool:
     return len(tensors) > 1
 
 
-def run_passes(graph: JointGraph, x: fx.Node, inputs: Sequence[fx.Node], label: str) -> list[dict[fx.Node, fx.Node]]:
+def run_passes(
+    graph: JointGraph, x: fx.Node, inputs: Sequence[fx.Node], label: str, *, loss: bool = False
+) -> list[dict[fx.Node, fx.Node]]:
     """One forward pass for each input in the place of `x`; they are called `label`, `label1`, ..."""
-    return [graph.clone_forward({x: new}, f"{label}{i or ''}") for i, new in enumerate(inputs)]
+    return [graph.clone_forward({x: new}, f"{label}{i or ''}", loss=loss) for i, new in enumerate(inputs)]
 
 
 def pass_info(graph: JointGraph, label: str) -> NodeInfo:
