@@ -534,7 +534,9 @@ def test_bad_input():
     with pytest.raises(gr.RuleError, match="block a has no floating-point output"):
         gr.compile(_Detached().double(), "ff", blocks="layers").loss(x, y)
     with pytest.raises(gr.RuleError, match="no room"):
-        gr.compile(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, CLASSES)), "ff").loss(torch.randn(2, 3), y[:2])
+        gr.compile(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, CLASSES)), "ff").loss(
+            torch.randn(2, 3), y[:2]
+        )
     with pytest.raises(gr.RuleError, match="hybrid negatives mix images"):
         gr.compile(mlp(), "ff{negatives=hybrid}").loss(x, y)
     with pytest.raises(gr.RuleError, match=r"negatives\(x, y\) gave samples"):

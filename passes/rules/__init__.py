@@ -2,6 +2,7 @@
 
 REGISTRY = {
     "bp": "graphrewrite.passes.rules.bp:Backpropagation",
+    "counter_current": "graphrewrite.passes.rules.counter_current:CounterCurrent",
     "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
 }

@@ -189,7 +189,7 @@ class ForwardForward(Rule):
                 peer=Peer(self.peer, self.peer_momentum) if self.peer else None,
                 state_name=self.state_name,
             )
-        graph.drop_originals(pos)
+        graph.drop_originals(read)
         return PassResult(graph, True)
 
     def _normalise(self, graph: JointGraph, hidden: Sequence[str]) -> list[fx.Node]:
