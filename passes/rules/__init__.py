@@ -5,4 +5,5 @@ REGISTRY = {
     "counter_current": "graphrewrite.passes.rules.counter_current:CounterCurrent",
     "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
+    "forward_gnn": "graphrewrite.passes.rules.forward_gnn:ForwardGNN",
 }
