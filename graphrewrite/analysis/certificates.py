@@ -181,6 +181,8 @@ class _Prover:
         flow = nx.DiGraph()
         flow.add_nodes_from(self.rules)
         for node in graph.forward_nodes():
+            if info(node).role is Role.LOSS:
+                continue  # what a local loss reads of other blocks is no flow of the model
             for source in node.all_input_nodes:
                 if source.op == "call_function" and _tensor(source) and source not in self._params_only:
                     flow.add_edge(info(source).block, info(node).block)

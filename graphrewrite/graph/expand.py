@@ -14,7 +14,7 @@ from torch import fx
 from graphrewrite._compat import make_fx, traced_graph
 from graphrewrite.errors import VerifyError
 from graphrewrite.graph.interpret import interpret
-from graphrewrite.graph.nodes import NodeInfo, info, producer, value
+from graphrewrite.graph.nodes import NodeInfo, Role, info, is_backward, producer, value
 
 if TYPE_CHECKING:
     from graphrewrite.graph.joint import JointGraph
@@ -107,5 +107,18 @@ def _annotate(
     outputs.meta["specs"] = tuple(graph.outputs)
     specs = dict(zip(graph.outputs.items(), flat, strict=True))  # type: ignore[arg-type]
     of = {node: result for (_, node), result in specs.items()}
+    _share_sizes(other)
     other.leaves = {env[n]: None for n in graph.leaves}
     other.model_outputs = [of[n] for n in graph.model_outputs if n in of]
+
+
+def _share_sizes(graph: JointGraph) -> None:
+    """A size is traced once, by whoever asks first: where that was a backward node, the forward may read it, too."""
+    for node in reversed(list(graph.nodes)):
+        if not is_backward(node) or not isinstance(value(node), torch.SymInt):
+            continue
+        read_by_forward = any(u.op == "call_function" and not is_backward(u) for u in node.users)
+        if read_by_forward and all(
+            not is_backward(s) or isinstance(value(s), torch.SymInt) for s in node.all_input_nodes
+        ):
+            node.meta["gr"] = info(node).but(role=Role.FORWARD)

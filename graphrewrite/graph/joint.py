@@ -408,7 +408,9 @@ class JointGraph(GraphCore):
             table.propagate()
         return new
 
-    def clone_forward(self, substitute: Mapping[fx.Node, fx.Node], label: str) -> dict[fx.Node, fx.Node]:
+    def clone_forward(
+        self, substitute: Mapping[fx.Node, fx.Node], label: str, *, loss: bool = True
+    ) -> dict[fx.Node, fx.Node]:
         """A second forward pass: copies of all forward operators that depend on the substituted values.
 
         The copies read the same parameters; what does not depend on a substituted value is shared, not copied, and
@@ -418,6 +420,7 @@ class JointGraph(GraphCore):
         Args:
             substitute: value -> the value the copy reads in its place.
             label: Name of the pass; must be new.
+            loss: Whether the task loss is copied, too; it cannot be where the pass has samples of its own.
 
         Returns:
             Original node -> node of the copy, for everything that was copied or substituted.
@@ -430,12 +433,24 @@ class JointGraph(GraphCore):
             own = info(node)
             if node in mapping or own.copy or not any(n in mapping for n in node.all_input_nodes):
                 continue
+            if own.role is Role.LOSS and not loss:
+                continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: mapping.get(n, n))
             target: Any = node.target
             mapping[node] = self.emit(target, args, kwargs, like=own.but(copy=label), name=f"{node.name}_{label}")
             mapping[node].meta["gr"] = own.but(copy=label, made_by=self.current_pass)
         self.sort()
         return mapping
+
+    def drop_originals(self, mapping: Mapping[fx.Node, fx.Node]) -> None:
+        """Delete what `clone_forward` copied and nothing reads any more, random operators included.
+
+        For rules that run the model on other inputs only. Call it when the backward is in line.
+        """
+        for node in reversed(list(self.nodes)):
+            if node in mapping and node.op == "call_function" and not node.users:
+                self._forget(node)
+                self.graph.erase_node(node)
 
     def move_updates(self, mapping: Mapping[fx.Node, fx.Node]) -> None:
         """Let buffers be updated by the pass that `mapping` (of `clone_forward`) leads to."""

@@ -3,11 +3,13 @@
 REGISTRY = {
     "bp": "graphrewrite.passes.rules.bp:Backpropagation",
     "brsf": "graphrewrite.passes.rules.brsf:BatchwiseSignFeedback",
+    "counter_current": "graphrewrite.passes.rules.counter_current:CounterCurrent",
     "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
     "drtp": "graphrewrite.passes.rules.drtp:DirectRandomTargetProjection",
     "dual_propagation": "graphrewrite.passes.rules.dual_propagation:DualPropagation",
     "fa": "graphrewrite.passes.rules.fa:FeedbackAlignment",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
+    "forward_gnn": "graphrewrite.passes.rules.forward_gnn:ForwardGNN",
     "frsf": "graphrewrite.passes.rules.frsf:FixedSignFeedback",
     "highway": "graphrewrite.passes.rules.highway:Highway",
     "kp": "graphrewrite.passes.rules.kp:KolenPollack",

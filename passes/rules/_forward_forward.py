@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import NodeInfo, Role, UserInput, fix, info, value
+from graphrewrite.graph.nodes import NodeInfo, Role, Target, UserInput, fix, info, value
 
 Collaboration = Literal["none", "previous", "all"]
 
@@ -29,12 +29,14 @@ class Contrast:
         loss: `"hinton"`: cross-entropy of goodness - theta, positives and negatives weighing the same; `"symba"`:
             softplus(-alpha (g+ - g-)), without a threshold.
         alpha: See `loss`.
+        per_unit: False: theta of the sum is `threshold` itself.
     """
 
     goodness: str
     threshold: float
     loss: str
     alpha: float
+    per_unit: bool = True
 
     def score(self, *outputs: torch.Tensor) -> torch.Tensor:
         """Goodness minus theta of the samples of one or several passes, (samples,)."""
@@ -44,7 +46,7 @@ class Contrast:
         squares = h.flatten(1).square()
         if self.goodness == "mean":
             return squares.mean(1) - self.threshold
-        return squares.sum(1) - self.threshold * squares.shape[1]
+        return squares.sum(1) - self.threshold * (squares.shape[1] if self.per_unit else 1)
 
     def __call__(self, positive: torch.Tensor, negative: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """The loss of one output.
@@ -77,9 +79,31 @@ def shares_batch(graph: JointGraph) -> bool:
     return len(tensors) > 1
 
 
-def run_passes(graph: JointGraph, x: fx.Node, inputs: Sequence[fx.Node], label: str) -> list[dict[fx.Node, fx.Node]]:
+def run_passes(
+    graph: JointGraph, x: fx.Node, inputs: Sequence[fx.Node], label: str, *, loss: bool = False
+) -> list[dict[fx.Node, fx.Node]]:
     """One forward pass for each input in the place of `x`; they are called `label`, `label1`, ..."""
-    return [graph.clone_forward({x: new}, f"{label}{i or ''}") for i, new in enumerate(inputs)]
+    labels = [f"{label}{i or ''}" for i in range(len(inputs))]
+    return [
+        graph.clone_forward({x: new, **sized_like(graph, x, new, one)}, one, loss=loss)
+        for new, one in zip(inputs, labels, strict=True)
+    ]
+
+
+def sized_like(graph: JointGraph, x: fx.Node, new: fx.Node, label: str) -> dict[fx.Node, fx.Node]:
+    """Targets as long as the pass's input, if it is longer than `x`.
+
+    A size that inputs and targets share is one symbol, and the captured forward may read it off the targets.
+    """
+    if str(value(new).shape[0]) == str(value(x).shape[0]):
+        return {}
+    targets = [n for s, n in graph.inputs.items() if isinstance(s, Target) and value(n).dim() > 0]
+    return {
+        target: graph.splice(
+            lambda t, new: t.new_zeros([new.shape[0], *t.shape[1:]]), [target, new], like=pass_info(graph, label)
+        )
+        for target in targets
+    }
 
 
 def pass_info(graph: JointGraph, label: str) -> NodeInfo:

@@ -170,7 +170,7 @@ class ForwardForward(Rule):
             raw = self._normalise(graph, hidden)
             (pos,) = run_passes(graph, x, [positive], "pos")
             neg = run_passes(graph, x, negatives, "neg")
-            (read,) = run_passes(graph, x, [neutral], "neutral")
+            (read,) = run_passes(graph, x, [neutral], "neutral", loss=True)
             graph.move_updates(pos)
             for copies in (pos, *neg, read):
                 for boundary in raw:
@@ -189,6 +189,7 @@ class ForwardForward(Rule):
                 peer=Peer(self.peer, self.peer_momentum) if self.peer else None,
                 state_name=self.state_name,
             )
+        graph.drop_originals(read)
         return PassResult(graph, True)
 
     def _normalise(self, graph: JointGraph, hidden: Sequence[str]) -> list[fx.Node]:

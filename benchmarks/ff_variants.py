@@ -1,0 +1,127 @@
+"""Forward-Forward and its variants on MNIST, ForwardGNN on Cora and CiteSeer, each next to backpropagation.
+
+`python -m benchmarks.ff_variants --data FOLDER`; one thread. The MNIST rules share batches and steps of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphrewrite as gr
+from benchmarks.common import write
+from graphrewrite import datasets, training
+
+MNIST_RULES = (
+    "bp",
+    "ff",
+    "ff{threshold=0.3}",
+    "ff{loss=symba,goodness=mean}",
+    "ff{collaboration=previous}",
+    "ff{collaboration=all}",
+)
+GRAPH_RULES = ("bp", "forward_gnn", "forward_gnn{top_down=loss}")
+
+
+def mnist(folder: str, samples: int, epochs: int) -> list[dict[str, Any]]:
+    """784-256-256-10 on the first `samples` training images, all test images."""
+    data = datasets.mnist(folder).flat()
+    data = datasets.Dataset(training.take(data.train, torch.arange(samples)), data.test)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    budget = training.Budget(epochs=epochs, batch=100, rate=3e-3)
+    learners = training.side_by_side(model, MNIST_RULES, training.take(data.train, torch.arange(100)), budget)
+    training.train(learners, data, budget)
+    return [
+        {
+            "data": f"mnist, {samples} training images, {epochs} epochs",
+            "model": "784-256-256-10",
+            "rule": one.rule,
+            "test_error_percent": round(100 * (1 - one.points[-1].accuracy), 2),
+            "step_time_to_bp": round(one.ratio_to(learners[0]), 2),
+            "update_locked": one.certificates.update_locked,
+        }
+        for one in learners
+    ]
+
+
+class GraphNet(nn.Module):
+    """Two or more graph layers with ReLU between them."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module], widths: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([layer(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+
+    def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        """Class scores of the nodes."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x, edge_index))
+        return self.layers[-1](x, edge_index)  # type: ignore[no-any-return]
+
+
+def citation(folder: str, name: str, epochs: int) -> list[dict[str, Any]]:
+    """GCN and SAGE on the public split; the test accuracy at the best validation accuracy."""
+    from torch_geometric.nn import GCNConv, SAGEConv
+
+    graph = datasets.planetoid(folder, name)
+    x = F.normalize(graph.x, p=1, dim=1)
+    y = graph.y.masked_fill(~graph.train_mask, -100)
+    rows = []
+    for layer in (GCNConv, SAGEConv):
+        torch.manual_seed(0)
+        model = GraphNet(layer, [x.shape[1], 64, int(graph.y.max()) + 1])
+        for rule in GRAPH_RULES:
+            own = copy.deepcopy(model)
+            compiled = gr.compile(own, rule, example_inputs=(x, graph.edge_index), example_targets=y)
+            optimizer = torch.optim.Adam(compiled.parameters(), lr=1e-2, weight_decay=5e-4)
+            best, test, started = -1.0, 0.0, time.perf_counter()
+            for epoch in range(epochs):
+                optimizer.zero_grad()
+                compiled.loss((x, graph.edge_index), y).backward()
+                optimizer.step()
+                if epoch % 4 == 3:
+                    right = compiled.eval().predict((x, graph.edge_index)).argmax(1) == graph.y
+                    compiled.train()
+                    valid = right[graph.val_mask].float().mean().item()
+                    if valid > best:
+                        best, test = valid, right[graph.test_mask].float().mean().item()
+            rows.append(
+                {
+                    "data": f"{name}, public split, {epochs} epochs",
+                    "model": f"{layer.__name__} {x.shape[1]}-64-{int(graph.y.max()) + 1}",
+                    "rule": rule,
+                    "test_accuracy_percent": round(100 * test, 2),
+                    "seconds": round(time.perf_counter() - started, 1),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run both and write `results/ff_variants.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default=None)
+    parser.add_argument("--samples", type=int, default=10000)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--graph-epochs", type=int, default=60)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = mnist(given.data, given.samples, given.epochs)
+    for row in rows:
+        print(row, flush=True)
+    write("ff_variants", rows)
+    for name in ("cora", "citeseer"):
+        rows += citation(given.data, name, given.graph_epochs)
+        write("ff_variants", rows)
+
+
+if __name__ == "__main__":
+    main()
