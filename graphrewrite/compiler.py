@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -79,10 +80,13 @@ def build_program(
     captured = _capture(model, options, kind, inputs, targets)
     graph = captured.graph
     pipeline.stage("capture", graph)
+    # what follows works on the captured graph itself
+    forward_graph = graph.copy()
     rules = options.rules.in_use(graph)
     for leaf, node in graph.inputs.items():
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
+    graph.current_pass = "differentiate"
     differentiate(graph, seeded=kind != "predict")
     pipeline.stage("differentiate", graph)
     for key, rule in rules:
@@ -109,6 +113,7 @@ def build_program(
     part = partition(graph)
     forward, backward = registry.find("backend", options.backend)(part)
     text, guards = make_guards(captured.graph if operator is captured.graph else graph)
+    captured = dataclasses.replace(captured, graph=forward_graph)
     program = Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
     pipeline.finish(program)
     return program

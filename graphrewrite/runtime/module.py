@@ -354,7 +354,12 @@ class CompiledModule(nn.Module):
     # --- looking at it ---------------------------------------------------------------------------------------------
 
     def graph(self, level: str = "operator") -> JointGraph:
-        """The graph of the most recent program: `"forward"`, `"operator"`, `"aten"`."""
+        """The graph of the most recent program.
+
+        Args:
+            level: `"forward"`: as captured; `"operator"`: after the rule; `"aten"`: after all passes; `"backward"` and
+                `"backward_weight"`: a stage of the latter, as a graph of its own.
+        """
         program = self.program()
         if level == "forward":
             return program.captured.graph
@@ -362,7 +367,13 @@ class CompiledModule(nn.Module):
             return program.operator
         if level == "aten":
             return program.partition.graph
-        raise GraphRewriteError(f"level {level!r} is unknown", remedy="use 'forward', 'operator' or 'aten'")
+        if level in ("backward", "backward_weight"):
+            from graphrewrite.graph.stages import stage_graph
+
+            return stage_graph(program.partition, level)
+        raise GraphRewriteError(
+            f"level {level!r} is unknown", remedy="use 'forward', 'operator', 'aten', 'backward' or 'backward_weight'"
+        )
 
     def report(self) -> Report:
         """Passes, saved values, certificates and backend coverage of the most recent program; prints well."""
@@ -402,6 +413,11 @@ class CompiledModule(nn.Module):
     def task_loss(self, outputs: Any, targets: Any) -> torch.Tensor:
         """The user's loss on outputs of the model."""
         return self._options.loss(outputs, targets)
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a program to look at: `materialize`, or a call that records a gradient, makes one."""
+        return bool(self._latest)
 
     def program(self, kind: str | None = None) -> Program:
         """The most recent program, preferably one that trains."""
@@ -489,6 +505,12 @@ class CompiledModule(nn.Module):
             raise AttributeError(
                 f"{type(self).__name__} has no attribute {name!r}; the user's model is `compiled.module`"
             ) from error
+
+    def _repr_html_(self) -> str:
+        """The interactive page of the most recent program's graphs, for notebooks; text before there is one."""
+        from graphrewrite.report.explorer import compiled_frame
+
+        return compiled_frame(self)
 
     def extra_repr(self) -> str:
         """The rule and the backend."""
