@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,10 +81,13 @@ def build_program(
     captured = _capture(model, options, kind, inputs, targets)
     graph = captured.graph
     pipeline.stage("capture", graph)
+    # what follows works on the captured graph itself
+    forward_graph = graph.copy()
     rules = options.rules.in_use(graph)
     for leaf, node in graph.inputs.items():
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
+    graph.current_pass = "differentiate"
     differentiate(graph, seeded=kind not in ("predict", "feedback"))
     pipeline.stage("differentiate", graph)
     operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
@@ -117,6 +121,7 @@ def build_program(
     part = partition(graph)
     forward, backward = registry.find("backend", options.backend)(part)
     text, guards = make_guards(captured.graph if operator is captured.graph else graph)
+    captured = dataclasses.replace(captured, graph=forward_graph)
     program = Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
     pipeline.finish(program)
     return program

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 import graphrewrite as gr
 from graphrewrite import random
-from graphrewrite.errors import RuleError
 from graphrewrite.testing import zoo
 from graphrewrite.testing.compare import call
 from helpers import assert_close, eager_grads
@@ -329,7 +328,9 @@ def expected_feedback(rule, name, weight, compiled, step):
     if rule == "pfa":
         b, r = feedback_of(compiled)[name].detach(), feedback_of(compiled, "path")[name].detach()
         if name == "c.weight" and weight.dim() == 4:  # two groups
-            return torch.cat([bg @ rg.flatten(1) for bg, rg in zip(b.chunk(2), r.chunk(2), strict=True)]).view_as(weight)
+            return torch.cat([bg @ rg.flatten(1) for bg, rg in zip(b.chunk(2), r.chunk(2), strict=True)]).view_as(
+                weight
+            )
         if name == "d.weight" and weight.dim() == 4:
             return torch.einsum("ok,ikxy->ioxy", b, r)
         return (b @ r.flatten(1)).view_as(weight)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from graphrewrite import __version__
-from graphrewrite.cli import certify, compare, diff, explain, inspect, listing, memory
+from graphrewrite.cli import certify, compare, diff, dump, explain, inspect, listing, memory, schedule
 from graphrewrite.cli.show import error_line
 from graphrewrite.errors import GraphRewriteError
 
@@ -88,6 +88,8 @@ command("diff", LOOK, diff.diff)
 command("explain", LOOK, explain.explain)
 command("certify", LOOK, certify.certify)
 command("memory", LOOK, memory.memory)
+command("dump", LOOK, dump.dump)
+command("schedule", LOOK, schedule.schedule)
 command("compare", TRAIN, compare.compare)
 command("demo", TRAIN, compare.demo)
 command("rules", LIST, listing.rules)

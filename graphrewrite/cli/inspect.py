@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.text import Text
 
+from graphrewrite.cli.files import check_file, write_file
 from graphrewrite.cli.options import Blocks, Debug, Json, Level, LevelOption, Loss, Rule, Seed, Target, one_rule
 from graphrewrite.cli.show import human_count, print_json, print_lines
 
@@ -31,6 +34,18 @@ def inspect(
     target: Target,
     rule: Rule = None,
     level: LevelOption = Level.operator,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", metavar="FILE", help="Write an interactive page: search, collapse, click.", show_default=False
+        ),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Write a drawing.", show_default=False)
+    ] = None,
+    dot: Annotated[
+        Path | None, typer.Option("--dot", metavar="FILE", help="Write the graph for Graphviz.", show_default=False)
+    ] = None,
     blocks: Blocks = "auto",
     loss: Loss = None,
     as_json: Json = False,
@@ -39,6 +54,8 @@ def inspect(
 ) -> None:
     """Print the graph of a model under a rule: its operators by block, their types, roles and modules."""
     wanted = one_rule(rule)
+    for file in (html, svg, dot):
+        check_file(file)
 
     from graphrewrite.analysis.cost import count
     from graphrewrite.cli.targets import load_target
@@ -52,6 +69,19 @@ def inspect(
         compiled = loaded.compile(wanted)
         graph = compiled.graph(level.value)
         cost = count(compiled.graph("aten"))
+        if html is not None:
+            levels = dict.fromkeys(["forward", "operator", "aten", level.value])
+            _write_page(html, target, {one: compiled.graph(one) for one in levels}, level.value)
+            html = None
+    if html is not None:
+        _write_page(html, target, {level.value: graph}, level.value)
+    if svg is not None or dot is not None:
+        from graphrewrite.report.drawing import to_dot, to_svg
+
+        document = describe(graph)
+        for file, draw in ((svg, to_svg), (dot, to_dot)):
+            if file is not None:
+                write_file(file, draw(document))
     if as_json:
         print_json(
             {
@@ -69,6 +99,13 @@ def inspect(
         by_role = ", ".join(f"{role} {human_count(n)}" for role, n in cost.by_role.items())
         summary += f"; FLOPs per step: {human_count(cost.total)}" + (f" ({by_role})" if by_role else "")
     print_lines([Text(f"{target} at the {level.value} level", style="bold"), Text(summary), *listing(graph)])
+
+
+def _write_page(file: Path, target: str, graphs: dict[str, JointGraph], level: str) -> None:
+    from graphrewrite.report.explorer import explorer_page
+
+    rules = ", ".join(dict.fromkeys(block.rule for block in graphs[level].blocks))
+    write_file(file, explorer_page(target, graphs, level=level, summary=f"learns by {rules}"))
 
 
 def listing(graph: JointGraph) -> list[Text]:

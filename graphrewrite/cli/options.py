@@ -18,10 +18,13 @@ class Level(StrEnum):
     forward = "forward"
     operator = "operator"
     aten = "aten"
+    backward = "backward"
+    backward_weight = "backward_weight"
 
 
 LevelOption = Annotated[
-    Level, typer.Option("--level", "-l", help="forward: as captured; operator: after the rule; aten.")
+    Level,
+    typer.Option("--level", "-l", help="forward: as captured; operator: after the rule; aten: all passes; or a stage."),
 ]
 
 

@@ -567,6 +567,12 @@ class GraphCore:
 
         return to_text(self)  # type: ignore[arg-type]
 
+    def _repr_html_(self) -> str:
+        """The interactive page of the graph, for notebooks."""
+        from graphrewrite.report.explorer import graph_frame
+
+        return graph_frame(self)  # type: ignore[arg-type]
+
     def __repr__(self) -> str:
         ops = sum(1 for n in self.nodes if n.op == "call_function")
         return f"<{type(self).__name__} level={self.level} operators={ops} blocks={len(self.blocks)}>"

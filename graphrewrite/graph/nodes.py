@@ -135,7 +135,17 @@ class Tangent:
         return f"cotangent of {self.output}"
 
 
-InputSpec = Param | Buffer | Constant | UserInput | Target | State | Counter | Tangent
+@dataclass(frozen=True)
+class Stored:
+    """A value that an earlier stage saved; the input of a stage that is looked at alone."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"saved {self.name}"
+
+
+InputSpec = Param | Buffer | Constant | UserInput | Target | State | Counter | Tangent | Stored
 
 
 # --- signature: outputs ------------------------------------------------------------------------------------------

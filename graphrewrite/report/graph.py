@@ -38,10 +38,12 @@ def describe(graph: JointGraph) -> dict[str, Any]:
     names = Names(graph)
     printed = lines(graph, names)
     ids = {line.node: i for i, line in enumerate(printed)}
+    # the expansion keeps the operator that each ATen call came from: the last call of it is its result
+    results = {origin: i for line, i in zip(printed, ids.values(), strict=True) if (origin := _origin(line.node))}
     return {
         "level": graph.level,
         "blocks": [{"name": b.name, "index": b.index, "rule": b.rule} for b in graph.blocks],
-        "nodes": [_node(line, ids, names) for line in printed],
+        "nodes": [_node(line, ids, results, names) for line in printed],
         "outputs": [{"what": str(spec), "node": ids[node]} for spec, node in graph.outputs.items()],
     }
 
@@ -56,7 +58,19 @@ def parameter_count(graph: JointGraph) -> int:
     return sum(value(node).numel() for node in graph.parameters().values())
 
 
-def _node(line: Line, ids: dict[fx.Node, int], names: Names) -> dict[str, Any]:
+def _origin(node: fx.Node) -> fx.Node | None:
+    found: fx.Node | None = node.meta.get("origin")
+    return found
+
+
+def _mirror(node: fx.Node, ids: dict[fx.Node, int], results: dict[fx.Node, int]) -> int | None:
+    mirror = info(node).mirrors
+    if mirror is None:
+        return results.get(node.meta.get("mirrors"))  # type: ignore[arg-type]
+    return ids.get(mirror)
+
+
+def _node(line: Line, ids: dict[fx.Node, int], results: dict[fx.Node, int], names: Names) -> dict[str, Any]:
     node, own = line.node, info(line.node)
     return {
         "id": ids[node],
@@ -70,7 +84,7 @@ def _node(line: Line, ids: dict[fx.Node, int], names: Names) -> dict[str, Any]:
         "module": line.module,
         "source": own.source,
         "made_by": own.made_by,
-        "mirrors": ids.get(own.mirrors) if own.mirrors is not None else None,
+        "mirrors": _mirror(node, ids, results),
         "copy": own.copy,
         "inputs": [ids[source] for source in node.all_input_nodes],
         "bytes": nbytes(value(node)),

@@ -41,8 +41,8 @@ from graphrewrite.runtime.signature import Call, ModelWatch, flatten_call
 from graphrewrite.runtime.state import RuleState
 from graphrewrite.runtime.stateful import StatefulModule
 from graphrewrite.runtime.step_blocks import BeforeUpdate, Factory, Optimizer, Optimizers, step_blocks
-from graphrewrite.runtime.views import LossModule, NoBackward
 from graphrewrite.runtime.unoptimized import UntrainedStateWatch
+from graphrewrite.runtime.views import LossModule, NoBackward
 
 if TYPE_CHECKING:
     from graphrewrite.report.summary import Report
@@ -433,7 +433,12 @@ class CompiledModule(StatefulModule):
     # --- looking at it ---------------------------------------------------------------------------------------------
 
     def graph(self, level: str = "operator") -> JointGraph:
-        """The graph of the most recent program: `"forward"`, `"operator"`, `"aten"`."""
+        """The graph of the most recent program.
+
+        Args:
+            level: `"forward"`: as captured; `"operator"`: after the rule; `"aten"`: after all passes; `"backward"` and
+                `"backward_weight"`: a stage of the latter, as a graph of its own.
+        """
         program = self.program()
         if level == "forward":
             return program.captured.graph
@@ -441,7 +446,13 @@ class CompiledModule(StatefulModule):
             return program.operator
         if level == "aten":
             return program.partition.graph
-        raise GraphRewriteError(f"level {level!r} is unknown", remedy="use 'forward', 'operator' or 'aten'")
+        if level in ("backward", "backward_weight"):
+            from graphrewrite.graph.stages import stage_graph
+
+            return stage_graph(program.partition, level)
+        raise GraphRewriteError(
+            f"level {level!r} is unknown", remedy="use 'forward', 'operator', 'aten', 'backward' or 'backward_weight'"
+        )
 
     def report(self) -> Report:
         """Passes, saved values, certificates and backend coverage of the most recent program; prints well."""
@@ -490,6 +501,12 @@ class CompiledModule(StatefulModule):
             raise AttributeError(
                 f"{type(self).__name__} has no attribute {name!r}; the user's model is `compiled.module`"
             ) from error
+
+    def _repr_html_(self) -> str:
+        """The interactive page of the most recent program's graphs, for notebooks; text before there is one."""
+        from graphrewrite.report.explorer import compiled_frame
+
+        return compiled_frame(self)
 
     def extra_repr(self) -> str:
         """The rule and the backend."""

@@ -31,6 +31,11 @@ class StatefulModule(nn.Module):
     _step: int
     _calls: int
 
+    @property
+    def captured(self) -> bool:
+        """Whether there is a program to look at: `materialize`, or a call that records a gradient, makes one."""
+        return bool(self._latest)
+
     def program(self, kind: str | None = None) -> Program:
         """The most recent program, preferably one that trains."""
         for wanted in (kind,) if kind else ("loss", "forward", "evaluate", "predict"):
