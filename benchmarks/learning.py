@@ -9,7 +9,8 @@ SGD with momentum on 50,000 images for 100 epochs, the rate falling in the secon
 hidden layers but the first with a rate of its own. (`--layers 4 --width 2000 --epochs 60` is the net of Hinton's
 paper.) The other rules get the same net, batches and epochs, with Adam.
 
-The error is that after the last epoch; nothing is chosen by looking at test images. Writes `results/learning.json`,
+The error is that after the last epoch, not the best one; `seconds` depend on what else the machine does,
+`processor_seconds` hardly. Writes `results/learning.json`,
 for the full setting `results/learning_full.json`.
 """
 
