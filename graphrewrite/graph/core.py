@@ -355,7 +355,7 @@ class GraphCore:
             out = fn(*[None if n is None else next(given) for n in inputs])
             leaves, spec = torch.utils._pytree.tree_flatten(out)
             structure.append(
-                (spec, [leaf if not isinstance(leaf, (torch.Tensor, torch.SymInt)) else None for leaf in leaves])
+                (spec, [leaf if not isinstance(leaf, (torch.Tensor, torch.SymInt)) else _TRACED for leaf in leaves])
             )
             return [leaf for leaf in leaves if isinstance(leaf, (torch.Tensor, torch.SymInt))]
 
@@ -364,7 +364,7 @@ class GraphCore:
         results = self.inline(traced, slots, like=like)
         spec, constants = structure[-1]
         given = iter(results)
-        leaves = [next(given) if constant is None else constant for constant in constants]
+        leaves = [next(given) if constant is _TRACED else constant for constant in constants]
         return torch.utils._pytree.tree_unflatten(leaves, spec)
 
     def _alias_free(self, val: Any) -> Any:
@@ -545,6 +545,8 @@ class GraphCore:
         return f"<{type(self).__name__} level={self.level} operators={ops} blocks={len(self.blocks)}>"
 
 
+_TRACED = object()
+"""Stands for a tensor among the leaves that a traced function returned; None is a leaf of its own."""
 _NO_OPS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
