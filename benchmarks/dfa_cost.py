@@ -8,6 +8,7 @@ blocks each block keeps its own. Writes `results/dfa_cost.json`.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import warnings
 from collections.abc import Callable
@@ -61,6 +62,9 @@ CASES: tuple[tuple[Callable[[], Any], Any, tuple[str, ...]], ...] = (
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; 0: count only")
+    rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
     rows = []
@@ -79,11 +83,11 @@ def main() -> None:
                 "flops_bp": reference.by_role,
                 "backward_ratio": round(cost.backward / reference.backward, 4),
                 "step_ratio": round(cost.total / reference.total, 4),
-                "time": ratio(step, exact_step, rounds=5, calls=10).row(),
+                "time": ratio(step, exact_step, rounds=rounds, calls=10).row() if rounds else None,
             }
             rows.append(row)
+            write("dfa_cost", rows)
             print({k: v for k, v in row.items() if k != "flops_bp"}, flush=True)
-    write("dfa_cost", rows)
 
 
 def build(model: nn.Module, rule: str, x: Any, y: Any, blocks: Any) -> tuple[gr.CompiledModule, Callable[[], Any]]:

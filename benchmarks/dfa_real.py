@@ -175,9 +175,12 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     graph = planetoid(given.data, "cora")
-    rows = [timed(cora_arm, graph, arm, seed, given.epochs) for arm in ARMS for seed in range(given.seeds)]
-    rows += [timed(shakespeare_arm, given.data, arm, 0, given.steps) for arm in ARMS]
-    write("dfa_real", rows)
+    runs: list[tuple[Any, ...]] = [(cora_arm, graph, arm, s, given.epochs) for s in range(given.seeds) for arm in ARMS]
+    runs += [(shakespeare_arm, given.data, arm, 0, given.steps) for arm in ARMS]
+    rows = []
+    for run in runs:
+        rows.append(timed(*run))
+        write("dfa_real", rows)
 
 
 def timed(run: Any, *args: Any) -> dict[str, Any]:
