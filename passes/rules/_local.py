@@ -56,6 +56,12 @@ def float_input(graph: JointGraph) -> fx.Node:
     )
 
 
+def entry_block(graph: JointGraph, x: fx.Node) -> str:
+    """The first block that reads an input: what is done to the input belongs to it."""
+    rank = {block.name: block.index for block in graph.blocks}
+    return min((info(n).block for n in x.users if info(n).block in rank), key=rank.__getitem__)
+
+
 def final_blocks(graph: JointGraph) -> set[str]:
     """Blocks that compute an output of the model which the loss (or the caller) reads."""
     return {info(n).block for n in graph.model_outputs} - {LOSS_BLOCK}

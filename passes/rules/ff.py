@@ -10,6 +10,7 @@ import torch
 from graphrewrite.passes.rules._boundary import feature_axis, names_of, sample_width
 from graphrewrite.passes.rules._local import (
     class_count,
+    entry_block,
     float_input,
     hidden_blocks,
     label_input,
@@ -102,7 +103,7 @@ class ForwardForward(Rule):
         task = outputs[Loss()]
         with graph.deferred():
             graph.drop_backward()
-            first = info(graph.forward_nodes()[0]).block
+            first = entry_block(graph, x)
             like = NodeInfo(role=Role.FORWARD, block=first, module=first)
             counter, stream = graph.counter(), graph.stream()
             positive = graph.splice(
@@ -209,7 +210,7 @@ class ForwardForward(Rule):
         """The neutral pass and its read-out, or the goodness of every label."""
         x, classes = float_input(graph), class_count(graph)
         hidden = [b.name for b in hidden_blocks(graph)]
-        first = info(graph.forward_nodes()[0]).block
+        first = entry_block(graph, x)
         like = NodeInfo(role=Role.FORWARD, block=first, module=first)
         make = self._all_labels if self.readout == "goodness" else self._neutral_input
         new = graph.splice(lambda x: make(x, classes), [x], like=like.but(copy="read"))
