@@ -123,10 +123,7 @@ class CompiledModule(nn.Module):
         if trains:
             self._scheduled_feedback(inputs)
         program, call = self._program("loss" if trains else "evaluate", inputs, targets)
-        if trains:
-            results = self._run(program, call)
-        else:
-            results = self._run_forward(program, call)
+        results = self._run(program, call) if trains else self._run_forward(program, call)
         self._write_back(program, results, call)
         self.losses = {s.name: v.detach() for s, v in results.items() if isinstance(s, LossTerm)}
         return results[Loss()]  # type: ignore[no-any-return]
@@ -576,9 +573,7 @@ def _outline(inputs: Inputs) -> Inputs:
 def _filled(outline: Inputs | None) -> Inputs:
     """Zeros with memory of their own: strides are part of the signature."""
     assert outline is not None
-    return Inputs(
-        *pytree.tree_map(_contiguous, outline.args), **pytree.tree_map(_contiguous, outline.kwargs)
-    )
+    return Inputs(*pytree.tree_map(_contiguous, outline.args), **pytree.tree_map(_contiguous, outline.kwargs))
 
 
 def _contiguous(leaf: Any) -> Any:

@@ -140,7 +140,7 @@ def output_axis(read: WeightRead) -> int:
 
 
 def group_count(read: WeightRead) -> int:
-    """How many groups the outputs of an operator fall into, where they are numbered along the parameter's `output_axis`.
+    """How many groups the outputs of an operator fall into, numbered along the parameter's `output_axis`.
 
     Transposed convolutions number the outputs of one group only, so theirs count as one.
     """
@@ -345,7 +345,6 @@ def deviation(scheme: str, fans: Fans) -> float:
 def fill_weights(distribution: Distribution, std: float) -> Fill:
     """Fills with numbers of mean zero and this standard deviation."""
     return fill_feedback(distribution, std * math.sqrt(3.0))
-
 
 
 def same_on_all_ranks(counter: torch.Tensor) -> torch.Tensor:

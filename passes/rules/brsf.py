@@ -47,9 +47,7 @@ class BatchwiseSignFeedback(FeedbackRule):
     def requires(self, graph: JointGraph) -> None:
         """A known distribution."""
         if self.distribution not in ("uniform", "normal"):
-            raise RuleError(
-                f"distribution={self.distribution!r} is unknown", remedy="use 'uniform' or 'normal'"
-            )
+            raise RuleError(f"distribution={self.distribution!r} is unknown", remedy="use 'uniform' or 'normal'")
 
     def counterpart(self, graph: JointGraph, weight: fx.Node, read: WeightRead) -> fx.Node:
         """The sign of the weight times a magnitude of this step."""

@@ -144,9 +144,7 @@ class WeightMirror(FeedbackRule):
                     inputs.append(graph.constant(met.to(value(weight).dtype).to(value(weight).device), name))
             graph.update_state(self.feedback_name(weight), self._update(probes, sources, gain), inputs)
 
-    def _update(
-        self, probes: Sequence[_Probe], sources: Sequence[fx.Node], gain: float
-    ) -> Callable[..., torch.Tensor]:
+    def _update(self, probes: Sequence[_Probe], sources: Sequence[fx.Node], gain: float) -> Callable[..., torch.Tensor]:
         def update(b: torch.Tensor, counter: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
             held: dict[fx.Node, Any] = dict(zip(sources, values, strict=False))
             shared = same_on_all_ranks(counter)
@@ -213,10 +211,9 @@ class _Probe:
                 elif isinstance(value(node), torch.SymInt):
                     given.append(hint(value(node)))
                 else:
-                    size = [hint(s) for s in value(node).shape]
-                    noisy = position in self._noisy
-                    dtype = value(node).dtype
-                    given.append(make(position, size, dtype) if noisy else torch.zeros(size, dtype=dtype, device=device))
+                    size, dtype = [hint(s) for s in value(node).shape], value(node).dtype
+                    rest = torch.zeros(size, dtype=dtype, device=device)
+                    given.append(make(position, size, dtype) if position in self._noisy else rest)
             answer = _apply(self._op, given)
             (found,) = torch.autograd.grad(answer, leaf, signal(answer).detach())
         return found
