@@ -168,7 +168,8 @@ def is_float_like(node: fx.Node) -> bool:
 
 def _permuted(node: fx.Node, axis: int) -> int:
     dims: Any = node.args[1]
-    return int(dims[axis]) % len(dims)
+    dim: int = dims[axis]
+    return dim % len(dims)
 
 
 def _transposed(node: fx.Node, axis: int) -> int:

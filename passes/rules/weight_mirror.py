@@ -215,7 +215,7 @@ class _Probe:
                     rest = torch.zeros(size, dtype=dtype, device=device)
                     given.append(make(position, size, dtype) if position in self._noisy else rest)
             answer = _apply(self._op, given)
-            (found,) = torch.autograd.grad(answer, leaf, signal(answer).detach())
+            found: torch.Tensor = torch.autograd.grad(answer, leaf, signal(answer).detach())[0]
         return found
 
 
