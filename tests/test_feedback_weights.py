@@ -328,9 +328,8 @@ def expected_feedback(rule, name, weight, compiled, step):
     if rule == "pfa":
         b, r = feedback_of(compiled)[name].detach(), feedback_of(compiled, "path")[name].detach()
         if name == "c.weight" and weight.dim() == 4:  # two groups
-            return torch.cat([bg @ rg.flatten(1) for bg, rg in zip(b.chunk(2), r.chunk(2), strict=True)]).view_as(
-                weight
-            )
+            halves = zip(b.chunk(2), r.chunk(2), strict=True)
+            return torch.cat([bg @ rg.flatten(1) for bg, rg in halves]).view_as(weight)
         if name == "d.weight" and weight.dim() == 4:
             return torch.einsum("ok,ikxy->ioxy", b, r)
         return (b @ r.flatten(1)).view_as(weight)
@@ -372,3 +371,271 @@ def test_against_a_loop_written_by_hand(rule, net):
     assert not certificates.weight_transport, certificates
     signs = {name for block in certificates.blocks for name in block.sign_reads}
     assert bool(signs) == (rule in ("usf", "brsf", "frsf"))
+
+
+# --- what can be chosen --------------------------------------------------------------------------------------------
+
+
+def three_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    return model, torch.randn(5, 6, dtype=torch.float64), torch.randint(0, 4, (5,))
+
+
+@pytest.mark.parametrize(
+    ("options", "read"),
+    [("", {"2.weight", "4.weight"}), ('only=["2"]', {"2.weight"}), ('skip=["2"]', {"4.weight"}), ('skip=["0"]', None)],
+)
+def test_only_and_skip(options, read):
+    model, x, y = three_layers()
+    compiled = gr.compile(model, f"fa{{{options}}}", example_inputs=x, example_targets=y)
+    assert set(feedback_of(compiled)) == (read or {"2.weight", "4.weight"})
+
+
+def test_a_skipped_module_keeps_its_exact_cotangent():
+    model, x, y = three_layers()
+    compiled = gr.compile(copy.deepcopy(model), 'fa{skip=["4"]}', example_inputs=x, example_targets=y)
+    rule, exact = rule_grads(compiled, x, y), bp_grads(model, x, y)
+    for name in ("2.weight", "4.weight"):
+        torch.testing.assert_close(rule[name], exact[name])
+    assert (rule["0.weight"] - exact["0.weight"]).abs().max() > 1e-3 * exact["0.weight"].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ('fa{only=["conv*"]}', "the glob 'conv\\*' matches no module"),
+        ('fa{skip=["nothing"]}', "the glob 'nothing' matches no module"),
+        ('kp{only=["0"]}', "nothing to replace"),
+        ("usf{init=zeros}", "init='zeros' is unknown"),
+        ("fa{distribution=cauchy}", "distribution='cauchy' is unknown"),
+        ("brsf{distribution=cauchy}", "distribution='cauchy' is unknown"),
+        ("fa{shared=true}", "has no option 'shared'"),
+        ("pfa{expand=0}", "expand=0"),
+        ("pfa{density=0}", "density=0"),
+        ("pfa{orthogonal=true,density=0.5}", "dense"),
+        ("pfa{decay=1}", "go together"),
+        ("weight_mirror{every=-1}", "every=-1"),
+        ("weight_mirror{amplitude=0}", "amplitude=0"),
+        ({"0": "fa"}, "nothing to replace"),
+    ],
+)
+def test_bad_options(spec, message):
+    model, x, y = three_layers()
+    with pytest.raises(RuleError, match=message):
+        gr.compile(model, spec, example_inputs=x, example_targets=y, blocks="layers")
+
+
+def test_a_net_of_one_layer_has_nothing_to_replace():
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(RuleError, match="nothing to replace"):
+        gr.compile(nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)), "fa", example_inputs=x, example_targets=y)
+
+
+def test_part_of_a_model():
+    """In a map of rules only the claimed blocks read feedback weights."""
+    model, x, y = three_layers()
+    compiled = gr.compile(copy.deepcopy(model), {"4": "fa"}, example_inputs=x, example_targets=y, blocks="layers")
+    assert set(feedback_of(compiled)) == {"4.weight"}
+    with torch.no_grad():
+        feedback_of(compiled)["4.weight"].copy_(model[4].weight)
+    assert_close(rule_grads(compiled, x, y), bp_grads(model, x, y))
+
+
+@pytest.mark.parametrize(("init", "std"), [("xavier", (2 / (32 + 64)) ** 0.5), ("kaiming", (3 * 64) ** -0.5)])
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_size_of_feedback_weights(init, std, distribution):
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 32))
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    compiled = gr.compile(
+        model, f"fa{{init={init},distribution={distribution},scale=2}}", example_inputs=x, example_targets=y
+    )
+    held = feedback_of(compiled)["2.weight"]
+    assert abs(held.std().item() / (2 * std) - 1) < 0.05
+    assert (held.abs().max() <= 2 * std * 3**0.5) == (distribution == "uniform")
+
+
+def test_brsf_draws_anew_in_every_step_and_repeats_by_seed():
+    model, x, y = three_layers()
+
+    def three_steps(seed, through_loss):
+        compiled = gr.compile(copy.deepcopy(model), "brsf", example_inputs=x, example_targets=y, seed=seed)
+        found = []
+        for _ in range(3):
+            compiled.zero_grad()
+            (compiled.loss(x, y) if through_loss else gr.default_loss(compiled(x), y)).backward()
+            found.append(compiled.module[0].weight.grad.clone())
+        return found
+
+    first, again, other, outside = (
+        three_steps(0, True),
+        three_steps(0, True),
+        three_steps(1, True),
+        three_steps(0, False),
+    )
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+    for left, right, third in zip(first, again, outside, strict=True):
+        assert torch.equal(left, right)
+        torch.testing.assert_close(left, third)
+
+
+# --- state ---------------------------------------------------------------------------------------------------------
+
+
+def test_learned_feedback_needs_to_be_materialised():
+    model, x, y = three_layers()
+    for rule in ("kp", "pfa"):
+        compiled = gr.compile(copy.deepcopy(model), rule)
+        with pytest.raises(RuleError, match="learned state is not created yet"):
+            list(compiled.parameters())
+        compiled.materialize(x, y)
+        assert len(list(compiled.parameters())) == 6 + 2
+        assert [g["name"] for g in compiled.param_groups()][-1] == "rest"
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "pfa", "weight_mirror"])
+def test_state_travels_in_state_dict(rule):
+    model, x, y = three_layers()
+    one = gr.compile(copy.deepcopy(model), rule, example_inputs=x, example_targets=y, seed=0)
+    two = gr.compile(copy.deepcopy(model), rule, example_inputs=x, example_targets=y, seed=1)
+    one.loss(x, y)
+    keys = [k for k in one.state_dict() if k.startswith(f"_graphrewrite.{rule}.feedback.")]
+    assert keys == [f"_graphrewrite.{rule}.feedback.{n}.weight" for n in (2, 4)]
+    assert not torch.equal(one.state_dict()[keys[0]], two.state_dict()[keys[0]])
+    two.load_state_dict(one.state_dict())
+    left, right = rule_grads(one, x, y), rule_grads(two, x, y)
+    for name, held in left.items():
+        if rule != "weight_mirror":  # its noise hangs on the seed
+            assert torch.equal(held, right[name])
+    assert set(one.module.state_dict()) == set(model.state_dict())
+
+
+def test_frozen_weights():
+    """A frozen W gives its B no gradient; cotangents still go through B."""
+    model, x, y = three_layers()
+    model[2].weight.requires_grad_(False)
+    compiled = gr.compile(model, "kp", example_inputs=x, example_targets=y)
+    compiled.loss(x, y).backward()
+    feedback = feedback_of(compiled)
+    assert feedback["2.weight"].grad is None
+    assert feedback["4.weight"].grad is not None
+    assert model[2].weight.grad is None
+
+
+# --- the mirror phase ----------------------------------------------------------------------------------------------
+
+
+def test_mirror_phase_is_the_formula():
+    """B <- (1 - decay) B + rate / (N var) sum y x^T, from the same noise, layer by layer."""
+    model, x, y = three_layers()
+    compiled = gr.compile(
+        model, "weight_mirror{every=0,rate=0.3,decay=0.2,amplitude=0.5}", example_inputs=x, example_targets=y
+    )
+    before = {n: held.clone() for n, held in feedback_of(compiled).items()}
+    compiled.feedback_phase()
+    for stream, (name, width) in enumerate({"2.weight": 7, "4.weight": 8}.items(), 1):
+        noise = 0.5 * (random.uniform(torch.tensor([0, 0, 0]), stream, [5, width], torch.float64) - 0.5)
+        weight = model.get_submodule(name[0]).weight.detach()
+        answer = noise @ weight.t()
+        expected = 0.8 * before[name] + 0.3 * (answer.t() @ noise) / (5 * 0.5**2 / 12)
+        torch.testing.assert_close(feedback_of(compiled)[name], expected)
+
+
+def test_mirror_phase_of_the_paper():
+    """B <- B + eta sum x sigma(W x + b)^T."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Sigmoid(), nn.Linear(7, 8), nn.Sigmoid(), nn.Linear(8, 4)).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.randint(0, 4, (5,))
+    rule = "weight_mirror{every=0,decay=0,normalise=false,activation=true}"
+    compiled = gr.compile(model, rule, example_inputs=x, example_targets=y)
+    before = {n: held.clone() for n, held in feedback_of(compiled).items()}
+    compiled.feedback_phase()
+    noise = 0.1 * (random.uniform(torch.tensor([0, 0, 0]), 1, [5, 7], torch.float64) - 0.5)
+    expected = before["2.weight"] + 0.01 * torch.sigmoid(model[2](noise)).t() @ noise
+    torch.testing.assert_close(feedback_of(compiled)["2.weight"], expected)
+
+
+@pytest.mark.parametrize("net", matrix(NETS))
+def test_mirrored_weights_become_the_weights(net):
+    """The mean of the correlation is W for every kind of layer: after many phases B points where W does."""
+    torch.manual_seed(0)
+    make, batch = NETS[net]
+    model, (x, y) = make().double(), batch()
+    compiled = gr.compile(model, "weight_mirror{every=0}", example_inputs=x, example_targets=y)
+    own = dict(model.named_parameters())
+    compiled.feedback_phase(x, times=700)
+    for name, held in feedback_of(compiled).items():
+        weight = own[name].detach()
+        assert torch.cosine_similarity(held.flatten(), weight.flatten(), dim=0) > 0.97, name
+        assert 0.9 < held.norm() / weight.norm() < 1.1, name
+
+
+def test_schedule_of_the_mirror():
+    """Every second training call starts with a phase; evaluation and alignment run none."""
+    model, x, y = three_layers()
+    compiled = gr.compile(model, "weight_mirror{every=2}", example_inputs=x, example_targets=y)
+
+    def held():
+        return feedback_of(compiled)["2.weight"].clone()
+
+    changed = []
+    for call_number in range(4):
+        before = held()
+        (compiled.loss(x, y) if call_number % 2 else gr.default_loss(compiled(x), y)).backward()
+        changed.append(not torch.equal(before, held()))
+        after = held()
+        compiled.alignment(x, y)
+        with torch.no_grad():
+            compiled.loss(x, y)
+        assert torch.equal(after, held())
+    assert changed == [True, False, True, False]
+    assert compiled.get_extra_state()["calls"] == 4
+
+
+def test_mirror_phase_touches_nothing_else():
+    """Neither the model nor torch's generator; steps that wait for their backward keep their B."""
+    model, x, y = case_of("cnn")
+    compiled = gr.compile(model, "weight_mirror", example_inputs=x, example_targets=y)
+    first = compiled.loss(x, y)
+    before = {n: held.clone() for n, held in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    compiled.feedback_phase(times=2)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(held, before[n]) for n, held in model.state_dict().items())
+    (first + compiled.loss(x, y)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_rules_without_a_feedback_phase_say_so():
+    model, x, y = three_layers()
+    with pytest.raises(RuleError, match="has no feedback phase"):
+        gr.compile(model, "fa", example_inputs=x, example_targets=y).feedback_phase()
+    with pytest.raises(RuleError, match="nothing is captured yet"):
+        gr.compile(model, "weight_mirror").feedback_phase()
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 7)
+        self.b = nn.utils.parametrizations.weight_norm(nn.Linear(7, 4))
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def test_weight_normalisation():
+    """The normalisation is applied to the feedback weights; a mirror of it is not defined."""
+    torch.manual_seed(0)
+    model, x, y = Normed().double(), torch.randn(5, 6, dtype=torch.float64), torch.randint(0, 4, (5,))
+    compiled = gr.compile(copy.deepcopy(model), "fa", example_inputs=x, example_targets=y)
+    own, feedback = dict(model.named_parameters()), feedback_of(compiled)
+    assert set(feedback) == {n for n in own if n.startswith("b.parametrizations")}
+    with torch.no_grad():
+        for name, held in feedback.items():
+            held.copy_(own[name])
+    assert_close(rule_grads(compiled, x, y), bp_grads(model, x, y))
+    mirrored = gr.compile(copy.deepcopy(model), "weight_mirror")
+    with pytest.raises(RuleError, match="non-linear function of parameters"):
+        mirrored.feedback_phase(x)

@@ -344,7 +344,7 @@ def test_text_does_not_depend_on_edits_that_were_undone():
     assert sorted(str(graph).splitlines()) == sorted(text.splitlines())
 
 
-@pytest.mark.parametrize("rule", ["bp", "dfa", "ff{peer=0}", "mono_forward"])
+@pytest.mark.parametrize("rule", ["bp", "dfa", "fa", "ff{peer=0}", "mono_forward"])
 def test_golden_graph(rule):
     """What a rule does to a small net, for a reviewer to read. GRAPHREWRITE_REGENERATE=1 writes the files anew."""
     x, y = batch()

@@ -127,10 +127,7 @@ class CompiledModule(StatefulModule):
             self._scheduled_feedback(inputs)
         program, call = self._program("loss" if trains else "evaluate", inputs, targets)
         program.check_labels(call.targets)
-        if trains:
-            results = self._run(program, call)
-        else:
-            results = self._run_forward(program, call)
+        results = self._run(program, call) if trains else self._run_forward(program, call)
         self._write_back(program, results, call)
         self.losses = {s.name: v.detach() for s, v in results.items() if isinstance(s, LossTerm)}
         return results[Loss()]  # type: ignore[no-any-return]

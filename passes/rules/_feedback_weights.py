@@ -140,7 +140,7 @@ def output_axis(read: WeightRead) -> int:
 
 
 def group_count(read: WeightRead) -> int:
-    """How many groups the outputs of an operator fall into, where they are numbered along the parameter's `output_axis`.
+    """How many groups the outputs of an operator fall into, numbered along the parameter's `output_axis`.
 
     Transposed convolutions number the outputs of one group only, so theirs count as one.
     """
@@ -168,7 +168,8 @@ def is_float_like(node: fx.Node) -> bool:
 
 def _permuted(node: fx.Node, axis: int) -> int:
     dims: Any = node.args[1]
-    return int(dims[axis]) % len(dims)
+    dim: int = dims[axis]
+    return dim % len(dims)
 
 
 def _transposed(node: fx.Node, axis: int) -> int:

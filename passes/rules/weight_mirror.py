@@ -211,14 +211,11 @@ class _Probe:
                 elif isinstance(value(node), torch.SymInt):
                     given.append(hint(value(node)))
                 else:
-                    size = [hint(s) for s in value(node).shape]
-                    noisy = position in self._noisy
-                    dtype = value(node).dtype
-                    given.append(
-                        make(position, size, dtype) if noisy else torch.zeros(size, dtype=dtype, device=device)
-                    )
+                    size, dtype = [hint(s) for s in value(node).shape], value(node).dtype
+                    rest = torch.zeros(size, dtype=dtype, device=device)
+                    given.append(make(position, size, dtype) if position in self._noisy else rest)
             answer = _apply(self._op, given)
-            (found,) = torch.autograd.grad(answer, leaf, signal(answer).detach())
+            found: torch.Tensor = torch.autograd.grad(answer, leaf, signal(answer).detach())[0]
         return found
 
 
