@@ -28,7 +28,7 @@ MNIST_RULES = (
     "ff{collaboration=previous}",
     "ff{collaboration=all}",
 )
-GRAPH_RULES = ("bp", "forward_gnn", "forward_gnn{top_down=loss}")
+GRAPH_RULES = ("bp", "forward_gnn", "forward_gnn{top_down=input}")
 
 
 def mnist(folder: str, samples: int, epochs: int) -> list[dict[str, Any]]:

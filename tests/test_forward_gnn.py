@@ -209,6 +209,10 @@ def test_bad_input():
         gr.compile(model, "forward_gnn{method=label,top_down=loss}").loss((x, edges), y)
     with pytest.raises(gr.RuleError, match="method='other' is unknown"):
         gr.compile(model, "forward_gnn{method=other}").loss((x, edges), y)
+    tapering = copy.deepcopy(model)
+    del tapering.convs[1]
+    with pytest.raises(gr.RuleError, match="as wide, and there is none: the layers have 8, 5 features"):
+        gr.compile(tapering, "forward_gnn{top_down=loss}").loss((x, edges), y)
     compiled = gr.compile(model, "forward_gnn", example_inputs=(x, edges), example_targets=y)
     with pytest.raises(gr.RuleError, match="label 9 is out of range"):
         compiled.loss((x, edges), y.clamp(max=0) + 9)
