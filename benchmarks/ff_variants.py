@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ MNIST_RULES = (
     "ff{collaboration=previous}",
     "ff{collaboration=all}",
 )
-GRAPH_RULES = ("bp", "forward_gnn", "forward_gnn{top_down=loss}")
+GRAPH_RULES = ("bp", "forward_gnn", "forward_gnn{top_down=input}")
 
 
 def mnist(folder: str, samples: int, epochs: int) -> list[dict[str, Any]]:
@@ -57,7 +58,7 @@ class GraphNet(nn.Module):
 
     def __init__(self, layer: Callable[[int, int], nn.Module], widths: list[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([layer(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.layers = nn.ModuleList([layer(a, b) for a, b in itertools.pairwise(widths)])
 
     def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
         """Class scores of the nodes."""

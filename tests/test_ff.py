@@ -518,8 +518,8 @@ class _Detached(nn.Module):
 
 def test_bad_input():
     x, y = batch()
+    case = zoo.make("gpt2")
     with pytest.raises(gr.RuleError, match="floating-point input"):
-        case = zoo.make("gpt2")
         gr.compile(case.model, "ff").loss(*case.batch(2))
     with pytest.raises(gr.RuleError, match="needs targets"):
         gr.compile(mlp(), "ff", example_inputs=x)
