@@ -34,6 +34,7 @@ loss without one; `predict`: the rule's own forward."""
 Verification = Literal["off", "structure", "numeric"]
 
 CLEANUP = (
+    "sizes_from_inputs",
     "fold_views",
     "drop_unread_statistics",
     "merge_convolution_backward",
