@@ -198,7 +198,8 @@ class Dgl(Head):
     def _normed(h: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
         scale, shift = weights[f"{name}_scale"], weights[f"{name}_shift"]
         normed: torch.Tensor = torch.batch_norm(h, scale, shift, None, None, True, 0.0, 1e-5, False)
-        return F.relu(normed)
+        active: torch.Tensor = F.relu(normed)
+        return active
 
 
 @dataclass(frozen=True)
