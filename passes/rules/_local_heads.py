@@ -198,8 +198,7 @@ class Dgl(Head):
     def _normed(h: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
         scale, shift = weights[f"{name}_scale"], weights[f"{name}_shift"]
         normed: torch.Tensor = torch.batch_norm(h, scale, shift, None, None, True, 0.0, 1e-5, False)
-        active: torch.Tensor = F.relu(normed)
-        return active
+        return F.relu(normed)
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,8 @@ class TargetProjection(Head):
         while target.dim() < rows.dim():
             target = target.unsqueeze(1)
         gap = (rows - target).square() if self.distance == "mse" else -(rows * target)
-        return (gap.flatten(1).mean(1) * counted).sum() / counted.sum().clamp(min=1.0)
+        mean: torch.Tensor = (gap.flatten(1).mean(1) * counted).sum() / counted.sum().clamp(min=1.0)
+        return mean
 
 
 def require_codes(site: Site, *, dense: bool = False) -> None:
