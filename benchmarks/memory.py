@@ -5,7 +5,7 @@
 Bytes are storages allocated during one step, parameters and inputs not counted, the returned gradients subtracted, in
 units of one block's activation. For rules whose updates are not locked: the same of `step_blocks`, nothing subtracted,
 and the most bytes that all `.grad` take together, in KiB, in the ordinary step and in the unlocked one. Writes
-`results/memory.json`.
+`results/memory.json`, anew after each depth.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def unlocked(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rules", nargs="+", default=RULES)
-    rules = parser.parse_args().rules
+    parser.add_argument("--name", default="memory", help="name of the result file")
+    given = parser.parse_args()
+    rules = given.rules
     unit = BATCH * WIDTH * 4
     rows = []
     for depth in DEPTHS:
@@ -101,7 +103,7 @@ def main() -> None:
                 row.update({f"{rule}, step_blocks{k}": v for k, v in unlocked(compiled, x, y, held, unit).items()})
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()))
-    print("written to", write("memory", rows))
+        print("written to", write(given.name, rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
 from graphrewrite.graph.aliasing import base_of, is_view, mutated_bases
@@ -74,6 +75,8 @@ def block_major_order(graph: JointGraph, nodes: Sequence[fx.Node], *, descending
             last_impure[copy] = node
 
     def key(node: fx.Node) -> tuple[int, int]:
+        if isinstance(value(node), torch.SymInt):
+            return -len(rank) - 1, position[node]  # a size belongs to no block: all may need it
         return rank.get(info(node).block, -len(rank)), position[node]
 
     heap = [(*key(n), n) for n in nodes if waiting[n] == 0]

@@ -288,7 +288,9 @@ def _segments(graph: JointGraph) -> dict[fx.Node, int]:
     number: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.op in ("call_function", "get_attr"):
-            number[node] = max([rank.get(info(node).block, 0), *(number.get(s, 0) for s in node.all_input_nodes)])
+            # a size belongs to no block: all may need it
+            own = 0 if isinstance(value(node), torch.SymInt) else rank.get(info(node).block, 0)
+            number[node] = max([own, *(number.get(s, 0) for s in node.all_input_nodes)])
     return number
 
 

@@ -48,10 +48,16 @@ class Pred(Head):
         return site.answer(F.linear(pooled, weights["weight"], weights.get("bias")))
 
 
+def unit_length(rows: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their length (the square root of the squares' sum + 1e-12, which is smooth at zero)."""
+    # not `norm`: its derivative masks in place, and in-place operators keep the schedule from sorting by blocks
+    return rows / (rows.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+
+
 def similarity(rows: torch.Tensor) -> torch.Tensor:
     """S(rows): cosine of every pair of rows, each row centred by its own mean."""
     centred = rows - rows.mean(1, keepdim=True)
-    unit = centred / (centred.norm(dim=1, keepdim=True) + 1e-8)
+    unit = unit_length(centred)
     cosines: torch.Tensor = unit @ unit.t()
     return cosines
 
@@ -239,7 +245,8 @@ class TargetProjection(Head):
         while target.dim() < rows.dim():
             target = target.unsqueeze(1)
         gap = (rows - target).square() if self.distance == "mse" else -(rows * target)
-        return (gap.flatten(1).mean(1) * counted).sum() / counted.sum().clamp(min=1.0)
+        mean: torch.Tensor = (gap.flatten(1).mean(1) * counted).sum() / counted.sum().clamp(min=1.0)
+        return mean
 
 
 def require_codes(site: Site, *, dense: bool = False) -> None:

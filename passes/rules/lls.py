@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from graphrewrite.passes.rules._heads import Fill, Head, HeadRule, Weight, Weights, ones
-from graphrewrite.passes.rules._local_heads import Tokens, known
+from graphrewrite.passes.rules._local_heads import Tokens, known, unit_length
 from graphrewrite.passes.rules._site import Site
 
 Modulation = Literal["none", "m", "mxm"]
@@ -63,8 +63,7 @@ class PeriodicBasis(Head):
 
     def forward(self, site: Site, weights: Weights, h: torch.Tensor) -> Any:
         """<pool(h)/|pool(h)|, c_k> / T, scaled or mixed."""
-        z = site.pooled(h, self.features, self.tokens)
-        z = z / (z.norm(dim=-1, keepdim=True) + 1e-8)
+        z = unit_length(site.pooled(h, self.features, self.tokens))
         logits = z @ weights["basis"].t() / self.temperature
         if self.modulation == "m":
             logits = logits * weights["scale"]
