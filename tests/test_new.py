@@ -123,6 +123,8 @@ def test_a_new_rule_in_a_fresh_environment(run: Run, tmp_path: pathlib.Path) -> 
     (site,) = home.glob("lib/python*/site-packages")
     borrowed = [p for p in sys.path if p.endswith("site-packages")]
     (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    # the setuptools that comes with a new environment may be too old to read a licence expression
+    _call([python, "-m", "pip", "uninstall", "-q", "-y", "setuptools"], [], tmp_path)
     work = tmp_path / "empty"
     work.mkdir()
     _call([python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", str(ROOT)], [], work)

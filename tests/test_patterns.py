@@ -25,7 +25,7 @@ class Net(nn.Module):
         self.low, self.high = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = -(-self.low(x))
+        h = torch.neg(torch.neg(self.low(x)))
         inner = -torch.tanh(h)
         return self.high(-inner * inner)
 

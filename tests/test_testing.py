@@ -88,8 +88,8 @@ def test_differences_agree_with_autograd(problem):
 def test_memory_is_predicted_and_measured(problem):
     memory = testing.measure_memory(problem[0], "bp", *problem[1:])
     assert 0 < memory.saved <= memory.predicted_peak
-    # this net's operators need no scratch space
-    assert memory.measured_peak == memory.predicted_peak
+    # a measurement also sees the scratch space of torch's operators
+    assert memory.predicted_peak <= memory.measured_peak <= 1.1 * memory.predicted_peak
 
 
 def test_golden_graphs(problem, tmp_path: pathlib.Path, monkeypatch):
