@@ -13,12 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from graphrewrite import __version__
-from graphrewrite.cli import certify, compare, diff, dump, explain, inspect, listing, memory, schedule
+from graphrewrite.cli import certify, compare, diff, dump, explain, inspect, listing, memory, new, schedule
 from graphrewrite.cli.show import error_line
 from graphrewrite.errors import GraphRewriteError
 
 LOOK = "Look at a rewritten graph"
 TRAIN = "Train"
+EXTEND = "Extend"
 LIST = "List what is known"
 
 app = typer.Typer(
@@ -92,6 +93,7 @@ command("dump", LOOK, dump.dump)
 command("schedule", LOOK, schedule.schedule)
 command("compare", TRAIN, compare.compare)
 command("demo", TRAIN, compare.demo)
+command("new", EXTEND, new.new)
 command("rules", LIST, listing.rules)
 command("passes", LIST, listing.passes)
 command("codecs", LIST, listing.codecs)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.pipeline import Pass, PassResult
+from graphrewrite.patterns import Failure, Match, PatternPass, fail, op
 
 aten = torch.ops.aten
 
@@ -22,7 +22,7 @@ _BACKWARDS: dict[object, tuple[tuple[int, int], int | None]] = {
 
 
 @dataclass(frozen=True)
-class DropUnreadStatistics(Pass):
+class DropUnreadStatistics(PatternPass):
     """Pass None for running statistics to batch-norm backwards in training mode, which do not read them.
 
     Else the buffers, which the forward updates, would have to be kept in their old state for the backward.
@@ -32,23 +32,20 @@ class DropUnreadStatistics(Pass):
     level = "aten"
     preserves_numerics = True
     summary = "batch-norm backwards in training mode get no running statistics"
+    pattern = op(_BACKWARDS)
 
-    def run(self, graph: JointGraph) -> PassResult:
+    def check(self, graph: JointGraph, match: Match) -> Failure | None:
+        """Training mode, and statistics that could be dropped."""
+        node = match.root
+        positions, flag = _BACKWARDS[node.target]
+        if flag is not None and node.args[flag] is not True:
+            return fail("in evaluation mode: its backward reads the running statistics")
+        if all(not isinstance(node.args[p], fx.Node) for p in positions):
+            return fail("it gets no running statistics as it is")
+        return None
+
+    def rewrite(self, graph: JointGraph, match: Match) -> fx.Node | None:
         """Replace the arguments."""
-        modified = False
-        for node in graph.nodes:
-            if node.op != "call_function" or node.target not in _BACKWARDS:
-                continue
-            positions, flag = _BACKWARDS[node.target]
-            if flag is not None and node.args[flag] is not True:
-                self.fail(graph, "in evaluation mode: its backward reads the running statistics", node)
-                continue
-            args = list(node.args)
-            if all(not isinstance(args[p], fx.Node) for p in positions):
-                self.fail(graph, "it gets no running statistics as it is", node)
-                continue
-            for p in positions:
-                args[p] = None
-            node.args = tuple(args)
-            modified = True
-        return PassResult(graph, modified)
+        positions, _ = _BACKWARDS[match.root.target]
+        match.root.args = tuple(None if i in positions else arg for i, arg in enumerate(match.root.args))
+        return None
