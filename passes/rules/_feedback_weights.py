@@ -172,7 +172,7 @@ def _permuted(node: fx.Node, axis: int) -> int:
 
 
 def _transposed(node: fx.Node, axis: int) -> int:
-    n = value(node).dim()
+    n: int = value(node).dim()
     given: Any = node.args
     first, second = int(given[1]) % n, int(given[2]) % n
     return {first: second, second: first}.get(axis, axis)
