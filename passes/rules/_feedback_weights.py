@@ -168,13 +168,13 @@ def is_float_like(node: fx.Node) -> bool:
 
 def _permuted(node: fx.Node, axis: int) -> int:
     dims: Any = node.args[1]
-    dim: int = dims[axis]
-    return dim % len(dims)
+    return int(dims[axis] % len(dims))
 
 
 def _transposed(node: fx.Node, axis: int) -> int:
-    n = value(node).dim()
-    first, second = (int(d) % n for d in node.args[1:3])  # type: ignore[arg-type]
+    n: int = value(node).dim()
+    given: Any = node.args
+    first, second = int(given[1]) % n, int(given[2]) % n
     return {first: second, second: first}.get(axis, axis)
 
 
