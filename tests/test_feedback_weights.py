@@ -422,13 +422,13 @@ def test_a_skipped_module_keeps_its_exact_cotangent():
 )
 def test_bad_options(spec, message):
     model, x, y = three_layers()
-    with pytest.raises(RuleError, match=message):
+    with pytest.raises(gr.RuleError, match=message):
         gr.compile(model, spec, example_inputs=x, example_targets=y, blocks="layers")
 
 
 def test_a_net_of_one_layer_has_nothing_to_replace():
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(RuleError, match="nothing to replace"):
+    with pytest.raises(gr.RuleError, match="nothing to replace"):
         gr.compile(nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)), "fa", example_inputs=x, example_targets=y)
 
 
@@ -487,7 +487,7 @@ def test_learned_feedback_needs_to_be_materialised():
     model, x, y = three_layers()
     for rule in ("kp", "pfa"):
         compiled = gr.compile(copy.deepcopy(model), rule)
-        with pytest.raises(RuleError, match="learned state is not created yet"):
+        with pytest.raises(gr.RuleError, match="learned state is not created yet"):
             list(compiled.parameters())
         compiled.materialize(x, y)
         assert len(list(compiled.parameters())) == 6 + 2
@@ -609,9 +609,9 @@ def test_mirror_phase_touches_nothing_else():
 
 def test_rules_without_a_feedback_phase_say_so():
     model, x, y = three_layers()
-    with pytest.raises(RuleError, match="has no feedback phase"):
+    with pytest.raises(gr.RuleError, match="has no feedback phase"):
         gr.compile(model, "fa", example_inputs=x, example_targets=y).feedback_phase()
-    with pytest.raises(RuleError, match="nothing is captured yet"):
+    with pytest.raises(gr.RuleError, match="nothing is captured yet"):
         gr.compile(model, "weight_mirror").feedback_phase()
 
 
@@ -637,5 +637,5 @@ def test_weight_normalisation():
             held.copy_(own[name])
     assert_close(rule_grads(compiled, x, y), bp_grads(model, x, y))
     mirrored = gr.compile(copy.deepcopy(model), "weight_mirror")
-    with pytest.raises(RuleError, match="non-linear function of parameters"):
+    with pytest.raises(gr.RuleError, match="non-linear function of parameters"):
         mirrored.feedback_phase(x)

@@ -237,7 +237,14 @@ def _feature_count(level: fx.Node) -> int:
 
 
 def _named(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    return {"elu": F.elu, "relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu, "identity": lambda b: b}[name]
+    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "elu": F.elu,
+        "relu": F.relu,
+        "tanh": torch.tanh,
+        "gelu": F.gelu,
+        "identity": lambda b: b,
+    }
+    return known[name]
 
 
 def _fill(fan_in: int) -> Callable[[torch.Tensor, torch.Generator], torch.Tensor]:
