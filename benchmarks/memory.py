@@ -9,9 +9,6 @@ units of one block's activation. Writes `results/memory.json`.
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from common import write
@@ -19,25 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import graphrewrite as gr
-from graphrewrite.analysis.liveness import LiveBytes, backward_curve, forward_curve
+from graphrewrite.testing.memory import equal_blocks, gradient_bytes, measured_peak, peak_bytes, predicted_peak
 
 WIDTH, BATCH, DEPTHS = 64, 4096, (4, 16, 64)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.linear(x))
-
-
-def peak(step: Callable[[], Any], known: Iterable[torch.Tensor]) -> int:
-    gc.collect()
-    with LiveBytes(known) as live:
-        step()
-    return live.peak
 
 
 def main() -> None:
@@ -48,9 +29,9 @@ def main() -> None:
     rows = []
     for depth in DEPTHS:
         torch.manual_seed(0)
-        model = nn.Sequential(*[Block() for _ in range(depth)], nn.Linear(WIDTH, 10))
+        model = equal_blocks(depth, WIDTH)
         x, y = torch.randn(BATCH, WIDTH), torch.randint(0, 10, (BATCH,))
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+        gradients = gradient_bytes(model)
 
         def checkpointed(x: torch.Tensor = x, model: nn.Sequential = model) -> torch.Tensor:
             for block in model[:-1]:
@@ -58,9 +39,9 @@ def main() -> None:
             return model[-1](x)
 
         known = [*model.parameters(), x, y]
-        eager = peak(lambda m=model, x=x, y=y: gr.default_loss(m(x), y).backward(), known)
+        eager = peak_bytes(lambda m=model, x=x, y=y: gr.default_loss(m(x), y).backward(), known)
         model.zero_grad()
-        saved = peak(lambda f=checkpointed, y=y: gr.default_loss(f(), y).backward(), known)
+        saved = peak_bytes(lambda f=checkpointed, y=y: gr.default_loss(f(), y).backward(), known)
         row = {
             "depth": depth,
             "eager": round((eager - gradients) / unit, 2),
@@ -69,14 +50,9 @@ def main() -> None:
         for rule in rules:
             compiled = gr.compile(model, rule)
             compiled.loss(x, y).backward()
-            compiled.zero_grad()
-            held = [*compiled.parameters(), *compiled.buffers(), x, y]
-            measured = peak(lambda c=compiled, x=x, y=y: c.loss(x, y).backward(), held)
-            part = compiled.program().partition
-            predicted = max(forward_curve(part).peak, backward_curve(part).peak)
+            measured, predicted = measured_peak(compiled, x, y), predicted_peak(compiled)
             row[rule] = round((measured - gradients) / unit, 2)
             row[f"{rule}, predicted"] = round((predicted - gradients) / unit, 2)
-            compiled.zero_grad()
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()))
     print("written to", write("memory", rows))

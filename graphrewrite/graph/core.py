@@ -458,6 +458,14 @@ class GraphCore:
             removed += 1
         return removed
 
+    def discard(self, nodes: Iterable[fx.Node]) -> None:
+        """Remove those of the given operators that nothing reads, random ones too: a forward that others replaced."""
+        chosen = set(nodes)
+        for node in reversed(list(self.nodes)):
+            if node in chosen and node.op == "call_function" and not node.users:
+                self._forget(node)
+                self.graph.erase_node(node)
+
     def _forget(self, node: fx.Node) -> None:
         if node in self.model_outputs:
             self.model_outputs.remove(node)

@@ -128,6 +128,8 @@ class ForwardForward(Rule):
             self._read_out(graph, passes["neutral"], raw, task, classes)
             for name, boundary in zip(names_of(raw), raw, strict=True):
                 self._teach(graph, boundary, passes["pos"][boundary], passes["neg"][boundary], name)
+        # the pass on the input without a label: dropout would keep it running
+        graph.discard(passes["pos"])
         return PassResult(graph, True)
 
     def _normalise(self, graph: JointGraph, hidden: list[str]) -> list[fx.Node]:
