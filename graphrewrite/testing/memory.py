@@ -40,7 +40,8 @@ def peak_bytes(step: Callable[[], Any], known: Iterable[torch.Tensor]) -> int:
     gc.collect()
     with LiveBytes(known) as live:
         step()
-    return live.peak
+    peak: int = live.peak
+    return peak
 
 
 def measured_peak(compiled: CompiledModule, x: torch.Tensor, y: torch.Tensor) -> int:
