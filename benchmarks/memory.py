@@ -11,51 +11,32 @@ and the most bytes that all `.grad` take together, in KiB, in the ordinary step 
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
 
 import torch
 from common import write
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint_sequential
 
 import graphrewrite as gr
-from graphrewrite.analysis.liveness import LiveBytes, backward_curve, forward_curve
+from graphrewrite.testing.memory import equal_blocks, gradient_bytes, measured_peak, peak_bytes, predicted_peak
 
 WIDTH, BATCH, DEPTHS = 64, 1024, (4, 16, 64)
 RULES = ["bp", "dfa", "ff", "mono_forward", "local_loss{head=predsim}", "lls"]
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.linear(x))
-
-
-def peak(step: Callable[[], Any], known: Iterable[torch.Tensor]) -> int:
-    gc.collect()
-    with LiveBytes(known) as live:
-        step()
-    return live.peak
-
-
-def grad_bytes(compiled: gr.CompiledModule) -> int:
-    return sum(p.grad.numel() * p.grad.element_size() for p in compiled.parameters() if p.grad is not None)
-
-
-def unlocked(
-    compiled: gr.CompiledModule, x: torch.Tensor, y: torch.Tensor, held: list[torch.Tensor], unit: int
-) -> dict[str, float]:
+def unlocked(compiled: gr.CompiledModule, x: torch.Tensor, y: torch.Tensor, unit: int) -> dict[str, float]:
     """Peaks of `step_blocks` with plain gradient descent, which holds no state of its own."""
     optimizers = [torch.optim.SGD(group["params"], lr=0.0) for group in compiled.param_groups()]
     alive: list[int] = []
-    compiled.step_blocks(x, y, optimizers, before_update=lambda *_: alive.append(grad_bytes(compiled)))
-    measured = peak(lambda: compiled.step_blocks(x, y, optimizers), held)
+    compiled.step_blocks(x, y, optimizers, before_update=lambda *_: alive.append(held_gradients(compiled)))
+    known = [*compiled.parameters(), *compiled.buffers(), x, y]
+    measured = peak_bytes(lambda: compiled.step_blocks(x, y, optimizers), known)
     return {"": round(measured / unit, 2), ", gradients KiB": round(max(alive) / 1024, 1)}
+
+
+def held_gradients(compiled: gr.CompiledModule) -> int:
+    return sum(p.grad.numel() * p.grad.element_size() for p in compiled.parameters() if p.grad is not None)
 
 
 def main() -> None:
@@ -68,39 +49,32 @@ def main() -> None:
     rows = []
     for depth in DEPTHS:
         torch.manual_seed(0)
-        model = nn.Sequential(*[Block() for _ in range(depth)], nn.Linear(WIDTH, 10))
+        model = equal_blocks(depth, WIDTH)
         x, y = torch.randn(BATCH, WIDTH), torch.randint(0, 10, (BATCH,))
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+        gradients = gradient_bytes(model)
 
-        def checkpointed(x: torch.Tensor = x, model: nn.Sequential = model) -> torch.Tensor:
-            for block in model[:-1]:
-                x = checkpoint(block, x, use_reentrant=False)
-            return model[-1](x)
+        def checkpointed(x: torch.Tensor = x, model: nn.Sequential = model, depth: int = depth) -> torch.Tensor:
+            return model[-1](checkpoint_sequential(model[:-1], math.isqrt(depth), x, use_reentrant=False))
 
         known = [*model.parameters(), x, y]
-        eager = peak(lambda m=model, x=x, y=y: gr.default_loss(m(x), y).backward(), known)
+        eager = peak_bytes(lambda m=model, x=x, y=y: gr.default_loss(m(x), y).backward(), known)
         model.zero_grad()
-        saved = peak(lambda f=checkpointed, y=y: gr.default_loss(f(), y).backward(), known)
+        saved = peak_bytes(lambda f=checkpointed, y=y: gr.default_loss(f(), y).backward(), known)
         row = {
             "depth": depth,
             "eager": round((eager - gradients) / unit, 2),
-            "eager, every block checkpointed": round((saved - gradients) / unit, 2),
+            "eager, checkpointed in sqrt(depth) segments": round((saved - gradients) / unit, 2),
         }
         for rule in rules:
             compiled = gr.compile(model, rule)
             compiled.loss(x, y).backward()
-            returned = grad_bytes(compiled)
-            compiled.zero_grad()
-            held = [*compiled.parameters(), *compiled.buffers(), x, y]
-            measured = peak(lambda c=compiled, x=x, y=y: c.loss(x, y).backward(), held)
-            part = compiled.program().partition
-            predicted = max(forward_curve(part).peak, backward_curve(part).peak)
+            returned = held_gradients(compiled)
+            measured, predicted = measured_peak(compiled, x, y), predicted_peak(compiled)
             row[rule] = round((measured - returned) / unit, 2)
             row[f"{rule}, predicted"] = round((predicted - returned) / unit, 2)
-            compiled.zero_grad()
             if not compiled.report().certificates.update_locked:
                 row[f"{rule}, gradients KiB"] = round(returned / 1024, 1)
-                row.update({f"{rule}, step_blocks{k}": v for k, v in unlocked(compiled, x, y, held, unit).items()})
+                row.update({f"{rule}, step_blocks{k}": v for k, v in unlocked(compiled, x, y, unit).items()})
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()))
         print("written to", write(given.name, rows), flush=True)

@@ -297,13 +297,7 @@ def _fill(facts: _Facts, labels: Labels) -> Labels:
 
 def _convex(facts: _Facts, labels: Labels) -> Labels:
     """Split blocks that a path leaves and enters again."""
-    quotient = nx.DiGraph()
-    quotient.add_nodes_from(labels.values())
-    for node in facts.nodes:
-        for source in node.all_input_nodes:
-            if source in labels and labels[source] != labels[node]:
-                quotient.add_edge(labels[source], labels[node])
-    tangled = {name for part in nx.strongly_connected_components(quotient) if len(part) > 1 for name in part}
+    tangled = _tangled(facts, labels)
     if not tangled:
         return labels
     piece: dict[fx.Node, int] = {}
@@ -325,7 +319,33 @@ def _convex(facts: _Facts, labels: Labels) -> Labels:
         if own in tangled:
             depends[own] = max(depends.get(own, -1), number)
         seen[node] = depends
-    return {n: labels[n] if piece[n] == 0 else f"{labels[n]}@{piece[n]}" for n in facts.nodes}
+    split = {n: labels[n] if piece[n] == 0 else f"{labels[n]}@{piece[n]}" for n in facts.nodes}
+    return split if not _tangled(facts, split) else _in_runs(facts, labels, tangled)
+
+
+def _tangled(facts: _Facts, labels: Labels) -> set[str]:
+    """Blocks that need each other's values."""
+    quotient = nx.DiGraph()
+    for node in facts.nodes:
+        for source in node.all_input_nodes:
+            if source in labels and labels[source] != labels[node]:
+                quotient.add_edge(labels[source], labels[node])
+    return {name for part in nx.strongly_connected_components(quotient) if len(part) > 1 for name in part}
+
+
+def _in_runs(facts: _Facts, labels: Labels, tangled: set[str]) -> Labels:
+    """Cut tangled blocks wherever another one of them comes in between: for pairs that no single path ties."""
+    runs: dict[str, int] = {}
+    found: Labels = {}
+    last = ""
+    for node in facts.nodes:
+        own = labels[node]
+        if own in tangled:
+            if own != last:
+                runs[own] = runs.get(own, -1) + 1
+            last = own
+        found[node] = own if not runs.get(own) else f"{own}@{runs[own]}"
+    return found
 
 
 def _write(graph: JointGraph, facts: _Facts, labels: Labels) -> None:
