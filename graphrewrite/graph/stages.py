@@ -49,7 +49,7 @@ def stage_graph(part: Partition, stage: str) -> JointGraph:
         )
     results = _results(part, stage, names)
     returned = module.graph.output_node().args[0]
-    graph.output(tuple(env[returned[i]] for _, i in results))  # type: ignore[index,call-overload]
+    graph.output(tuple(env[returned[i]] for _, i in results))  # type: ignore[index]
     made = JointGraph(fx.GraphModule(module, graph), level="aten", fake_mode=part.graph.fake_mode)
     made.output_node.meta["specs"] = tuple(spec for spec, _ in results)
     made.blocks = list(part.graph.blocks)

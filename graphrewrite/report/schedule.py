@@ -264,9 +264,9 @@ def _bytes_chart(steps: Sequence[Step], top: int, scale: float) -> list[str]:
         at = f"{y(tick):.1f}"
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text class="label" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:,.0f} B</text>')
-    for step in ticks(0, len(steps), 8):
-        x = LEFT + step * scale
-        parts.append(f'<text class="label" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{step:g}</text>')
+    for number in ticks(0, len(steps), 8):
+        x = LEFT + number * scale
+        parts.append(f'<text class="label" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{number:g}</text>')
     parts.append(f'<polygon points="{" ".join(points)}"><title>live bytes, peak {peak:,}</title></polygon>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{bottom + 32}" text-anchor="middle">operators</text>')

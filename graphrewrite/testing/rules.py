@@ -35,7 +35,7 @@ def rule_gradients(model: nn.Module, rule: Any, x: Any, y: Any, **options: Any) 
     """The gradients that a rule leaves on a copy of the model."""
     compiled = compile_copy(model, rule, x, y, **options)
     compiled.zero_grad(set_to_none=True)
-    compiled.loss(x, y).backward()  # type: ignore[no-untyped-call]
+    compiled.loss(x, y).backward()
     return gradients(compiled.module)
 
 
@@ -43,7 +43,7 @@ def eager_gradients(model: nn.Module, x: Any, y: Any, loss: Loss | None = None) 
     """The gradients of backpropagation in eager mode, on a copy of the model."""
     reference = copy.deepcopy(model)
     reference.zero_grad(set_to_none=True)
-    (loss or api.default_loss)(call(reference, x), y).backward()  # type: ignore[no-untyped-call]
+    (loss or api.default_loss)(call(reference, x), y).backward()
     return gradients(reference)
 
 
@@ -65,7 +65,7 @@ def assert_matches_oracle(
     compiled = compile_copy(model, rule, x, y, **options)
     state = {name: held.detach().clone() for name, held in compiled.rule_state.items()}
     expected = dict(oracle(copy.deepcopy(model), x, y, state))
-    compiled.loss(x, y).backward()  # type: ignore[no-untyped-call]
+    compiled.loss(x, y).backward()
     actual = gradients(compiled.module)
     assert set(expected) == set(actual), f"the oracle tells gradients of {sorted(expected)}, there are {sorted(actual)}"
     for name, gradient in actual.items():
@@ -129,7 +129,7 @@ def _step(
     compiled.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        compiled.loss(x, y).backward()  # type: ignore[no-untyped-call]
+        compiled.loss(x, y).backward()
     return gradients(compiled.module)
 
 

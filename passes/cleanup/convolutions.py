@@ -56,8 +56,8 @@ class MergeConvolutionBackward(Pass):
             graph.graph.erase_node(node)
             modified = True
         for node in first.values():
-            cotangent, weight, *_ = node.args[_MASK]  # type: ignore[misc]
-            if not (cotangent and weight):
+            mask = list(node.args[_MASK])  # type: ignore[arg-type]
+            if not (mask[0] and mask[1]):
                 self.fail(graph, "no other call differentiates this convolution at the same cotangent", node)
         if modified:
             graph.sort()
