@@ -63,6 +63,8 @@ def test_identity_check(problem):
 
 def test_perturbation_finds_what_a_gradient_depends_on(problem):
     assert testing.downstream_reads(problem[0], "bp", *problem[1:]) == {"0": {"2", "4"}, "2": {"4"}, "4": set()}
+    # the error reads every later block, and comes by no weight of theirs
+    assert testing.downstream_reads(problem[0], "dfa", *problem[1:]) == {"0": {"2", "4"}, "2": {"4"}, "4": set()}
     assert testing.downstream_reads(problem[0], "ff", *problem[1:]) == {"0": set(), "2": set(), "4": set()}
     for rule in ("bp", "dfa", "ff"):
         testing.assert_locality_is_certified(problem[0], rule, *problem[1:])

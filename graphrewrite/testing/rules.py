@@ -123,8 +123,11 @@ def _step(
         for name, held in compiled.state_dict().items():
             if name in start:
                 held.copy_(start[name])
+        # not by a constant: a softmax does not notice when all logits move together
+        generator = torch.Generator().manual_seed(1)
         for parameter in perturbed or ():
-            parameter.add_(0.1 * torch.ones_like(parameter))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.1 * noise.to(parameter))
     compiled.set_extra_state({"step": 0})
     compiled.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,180 @@
+"""Write the pages that come from the code: `docs/rules.md`, `docs/passes.md` and `docs/cli_reference.md`.
+
+python docs/generate.py            # write them
+python docs/generate.py --check    # exit code 1 if a committed page is not what would be written
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+
+from graphrewrite import api, registry
+from graphrewrite.cli.app import app
+from graphrewrite.cli.listing import options_of
+from graphrewrite.errors import GraphRewriteError
+from graphrewrite.report.certificates import PROPERTIES
+
+FOLDER = Path(__file__).resolve().parent
+NOTE = "<!-- Written by docs/generate.py from the code; edit that instead. -->"
+
+ABOUT = (
+    "What each rule does, with the certificate that is proved for it on a net of three linear layers with two `tanh` "
+    'between them, `blocks="layers"`. `graphrewrite certify TARGET` proves it for your own model.'
+)
+
+
+def rules_page() -> str:
+    """The catalogue of rules: metadata, options, and the certificate on a small net."""
+    parts = [
+        "# Rules",
+        NOTE,
+        "",
+        ABOUT,
+        "",
+        "| rule | objective | " + " | ".join(p.replace("_", " ") for p in PROPERTIES) + " | radius | what it is |",
+        "|---|---|" + "---|" * (len(PROPERTIES) + 2),
+    ]
+    found = {
+        name: registry.find("rule", name) for name, origin in registry.known("rule").items() if origin == "built in"
+    }
+    proofs = {name: _certificate(name) for name in found}
+    for name, rule in found.items():
+        cells = [f"[`{name}`](#{name})", _text(rule, "objective"), *proofs[name], _text(rule, "summary")]
+        parts.append(f"| {' | '.join(cells)} |")
+    for name, rule in found.items():
+        parts += ["", f"## {name}", "", f"{_text(rule, 'summary')}.", ""]
+        facts = {
+            "Formula": f"`{rule.formula}`" if rule.formula else "",
+            "Paper": rule.paper,
+            "Trains through": "`compiled.loss(x, y)` only"
+            if rule.needs_loss is True
+            else "`compiled.loss(x, y)`, or `compiled(x)` and a loss outside",
+            "Forward": "trains a forward of its own: read it through `compiled.predict(x)`"
+            if rule.changes_forward is True
+            else "",
+        }
+        parts += [f"- **{key}**: {held}" for key, held in facts.items() if held]
+        parts += ["", _docstring(rule)]
+        parts += _options(rule)
+    return "\n".join(parts) + "\n"
+
+
+def passes_page() -> str:
+    """The catalogue of passes and codecs."""
+    parts = ["# Passes and codecs", NOTE, ""]
+    for kind in ("pass", "codec"):
+        for name, origin in registry.known(kind).items():
+            if origin != "built in":
+                continue
+            found = registry.find(kind, name)
+            parts += [f"## {name}", "", _docstring(found)]
+            if kind == "pass":
+                numerics = "keeps every number bitwise" if found.preserves_numerics else "may change numbers"
+                parts += ["", f"- **Level**: {found.level}; {numerics}."]
+            parts += [*_options(found), ""]
+    return "\n".join(parts)
+
+
+def cli_page() -> str:
+    """The reference of the command line."""
+    group: Any = typer.main.get_command(app)
+    parts = ["# Command line reference", NOTE, "", str(group.help or ""), "", str(group.epilog or "")]
+    for name, command in group.commands.items():
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
+        usage = " ".join(["graphrewrite", name, *(p.metavar or p.name.upper() for p in arguments)])
+        parts += ["", f"## {name}", "", f"`{usage} [OPTIONS]`", "", inspect.cleandoc(command.help or ""), ""]
+        parts += ["| option | | default |", "|---|---|---|"]
+        for one in options:
+            spelled = ", ".join(f"`{text}`" for text in [*one.opts, *one.secondary_opts])
+            default = "" if one.is_flag or one.default in (None, "") else f"`{_plain(one.default)}`"
+            parts.append(f"| {spelled} | {_cell(one.help or '')} | {default} |")
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {"rules.md": rules_page, "passes.md": passes_page, "cli_reference.md": cli_page}
+
+
+def outdated() -> list[str]:
+    """The pages whose committed text is not what would be written."""
+    return [
+        name
+        for name, make in PAGES.items()
+        if not (FOLDER / name).is_file() or (FOLDER / name).read_text(encoding="utf-8") != make()
+    ]
+
+
+def _certificate(name: str) -> list[str]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    x, y = torch.randn(5, 6), torch.randint(0, 4, (5,))
+    try:
+        compiled = api.compile(model, name, example_inputs=x, example_targets=y, blocks="layers")
+    except GraphRewriteError as error:
+        return [f"not defined here: {_cell(error.message)}", *[""] * len(PROPERTIES)]
+    held = compiled.report().certificates
+    return [*("yes" if getattr(held, p) else "no" for p in PROPERTIES), str(held.locality_radius)]
+
+
+def _docstring(found: Any) -> str:
+    """What a class says of itself, without its arguments."""
+    return (inspect.getdoc(found) or "").partition("\nArgs:")[0].strip()
+
+
+def _options(found: Any) -> list[str]:
+    options = options_of(found)
+    if not options:
+        return []
+    about = _argument_texts(inspect.getdoc(found) or "")
+    rows = [f"| `{name}` | `{_plain(default)}` | {_cell(about.get(name, ''))} |" for name, default in options.items()]
+    return ["", "| option | default | |", "|---|---|---|", *rows]
+
+
+def _argument_texts(doc: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    name = ""
+    for line in doc.partition("\nArgs:\n")[2].splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            name, _, text = line.strip().partition(":")
+            found[name] = text.strip()
+        elif line.strip() and name:
+            found[name] += f" {line.strip()}"
+        elif not line.strip():
+            name = ""
+    return found
+
+
+def _plain(held: Any) -> str:
+    return str(getattr(held, "value", held)).replace("|", "\\|")
+
+
+def _text(rule: Any, name: str) -> str:
+    held = getattr(rule, name)
+    return "depends on options" if isinstance(held, property) else _cell(str(held))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def main() -> None:
+    """Write or check."""
+    if "--check" in sys.argv[1:]:
+        stale = outdated()
+        if stale:
+            sys.exit(f"out of date: {', '.join(stale)}; run python docs/generate.py")
+        return
+    for name, make in PAGES.items():
+        (FOLDER / name).write_text(make(), encoding="utf-8")
+        print(FOLDER / name)
+
+
+if __name__ == "__main__":
+    main()
