@@ -46,6 +46,7 @@ __all__ = [
     "enable_python_dispatcher",
     "free_unbacked_symbols",
     "functorch_wrapped",
+    "keep_random",
     "make_fx",
     "native_kernels",
     "patched_checkpoint",
@@ -157,7 +158,7 @@ def patched_checkpoint(region: Callable[[], contextlib.AbstractContextManager[An
         del function.apply
 
 
-_DECOMPOSED_WHEN_TRACED = re.compile(r"dropout|hardshrink|softshrink|multi_margin_loss|multilabel_margin|_?upsample_")
+_DECOMPOSED_WHEN_TRACED = re.compile(r"dropout|hardshrink|softshrink|multi_margin_loss|multilabel_margin")
 _KEYS = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
@@ -176,8 +177,8 @@ def _python_decompositions() -> list[tuple[Any, dict[Any, Any]]]:
 class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a function
     """Let traced operators be those that eager mode runs.
 
-    Under the Python dispatcher torch replaces some (interpolation, dropout on the CPU) by formulas of its own, which
-    round differently.
+    Under the Python dispatcher torch replaces some (dropout on the CPU) by formulas of its own, which round
+    differently. Interpolation stays replaced: its own operators have no form with symbolic sizes.
     """
 
     _depth = 0
@@ -196,6 +197,13 @@ class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a fun
             for overload, kernels in _python_decompositions():
                 overload.py_kernels.update(kernels)
                 overload._dispatch_cache.clear()
+
+
+def keep_random() -> contextlib.AbstractContextManager[Any]:
+    """Let export keep random operators whose results nothing reads: eager mode draws them."""
+    from torch._inductor import config
+
+    return config.patch(fallback_random=True)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -36,7 +36,6 @@ loss without one; `predict`: the rule's own forward; `feedback`: the phase in wh
 Verification = Literal["off", "structure", "numeric"]
 
 CLEANUP = (
-    "sizes_from_inputs",
     "fold_views",
     "drop_unread_statistics",
     "merge_convolution_backward",

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from graphrewrite._compat import (
     annotate,
     eager_branches,
+    keep_random,
     native_kernels,
     patched_checkpoint,
     patched_custom_functions,
@@ -171,6 +172,7 @@ def _faithful_export() -> Iterator[None]:
     with (
         quiet_export(),
         native_kernels(),
+        keep_random(),
         preserve_annotations(),
         watching_hooks(),
         patched_custom_functions(custom_operator),

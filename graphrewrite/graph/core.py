@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -590,19 +591,30 @@ def _ready(node: fx.Node, seen: set[fx.Node]) -> bool:
 
 
 def _stable_topological_order(nodes: list[fx.Node], position: dict[fx.Node, int]) -> list[fx.Node]:
-    """Kahn's algorithm that always takes the ready node that stood first."""
+    """The order that always takes the ready node that stood first; random operators keep theirs where they can."""
+    order = _take_first_ready(nodes, position, [n for n in nodes if n.op == "call_function" and is_impure(n)])
+    if len(order) != len(nodes):
+        order = _take_first_ready(nodes, position, [])
+    if len(order) != len(nodes):
+        stuck = next(node for node in nodes if node not in set(order))
+        raise RuleError("the graph has a cycle", node=stuck.name)
+    return order
+
+
+def _take_first_ready(nodes: list[fx.Node], position: dict[fx.Node, int], chain: list[fx.Node]) -> list[fx.Node]:
+    """Kahn's algorithm; the nodes of `chain` stay in their order. Shorter than `nodes` if there is a cycle."""
     waiting = {node: len(node.all_input_nodes) for node in nodes}
+    following = dict(itertools.pairwise(chain))
+    for node in following.values():
+        waiting[node] += 1
     heap = [position[node] for node in nodes if waiting[node] == 0]
     heapq.heapify(heap)
     order: list[fx.Node] = []
     while heap:
         node = nodes[heapq.heappop(heap)]
         order.append(node)
-        for user in node.users:
+        for user in (*node.users, *([following[node]] if node in following else [])):
             waiting[user] -= 1
             if waiting[user] == 0:
                 heapq.heappush(heap, position[user])
-    if len(order) != len(nodes):
-        stuck = next(node for node in nodes if waiting[node] > 0)
-        raise RuleError("the graph has a cycle", node=stuck.name)
     return order

@@ -1,7 +1,6 @@
 """Passes that change no number: they make the graph smaller and its text readable."""
 
 REGISTRY = {
-    "sizes_from_inputs": "graphrewrite.passes.cleanup.sizes:SizesFromInputs",
     "eliminate_dead_code": "graphrewrite.passes.cleanup.dead_code:EliminateDeadCode",
     "eliminate_common_subexpressions": (
         "graphrewrite.passes.cleanup.common_subexpressions:EliminateCommonSubexpressions"
