@@ -1,4 +1,4 @@
-"""Settings for all tests: two threads, a fixed seed, and the data folder."""
+"""Settings for all tests: threads, what is slow, a fixed seed, and the data folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,26 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    # side by side with another worker, one thread each is faster than two
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+HEAVY = {
+    *("gpt2", "llama", "bert", "vit", "mamba", "t5", "hf_resnet"),
+    *("resnet", "unet", "lstm", "gru", "moe", "gat", "sage"),
+}
+"""Models of the zoo whose capture takes seconds."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests over the zoo take its small models by default, all of them with `-m slow`; backpropagation always all."""
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is None or item.path.stem == "test_bp_matrix":
+            continue
+        if any(isinstance(value, str) and value in HEAVY for value in given.params.values()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

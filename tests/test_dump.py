@@ -105,6 +105,7 @@ def test_the_stages_hand_on_what_they_save(tmp_path: pathlib.Path, rule: str) ->
         assert torch.equal(held, expected[what]), what
 
 
+@pytest.mark.slow
 def test_files_run_as_scripts_with_torch_alone(tmp_path: pathlib.Path) -> None:
     folder, _, _ = dumped(tmp_path, "dfa")
     for name in ("operator.py", "backward.py"):

@@ -307,6 +307,7 @@ def test_batch_norm_net_learns_by_bp_inside_and_ff_across():
     assert model.features[1].num_batches_tracked == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "vit", "gcn"])
 def test_models(name):
     """Every parameter learns, for several sizes; predictions have the model's shape; nothing is locked."""
@@ -329,6 +330,7 @@ def test_models(name):
     assert certificates.forward_passes == 3
 
 
+@pytest.mark.slow
 def test_inputs_that_go_along_with_the_batch():
     """Edges cannot be repeated with the nodes: each wrong label gets a pass of its own."""
     case = zoo.make("gcn")
@@ -371,6 +373,8 @@ def downstream_changes(rule: str) -> tuple[bool, bool]:
     return not torch.equal(seen[0][0], seen[1][0]), not torch.equal(seen[0][1], seen[1][1])
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["ff", "ff{loss=symba}", "ff{collaboration=previous}"])
 def test_no_later_parameter_enters_a_gradient(rule):
     assert downstream_changes(rule) == (False, False)
@@ -409,6 +413,7 @@ def test_goodness_readout():
     torch.testing.assert_close(compiled.predict(x), torch.stack(scores, 1).detach())
 
 
+@pytest.mark.slow
 def test_readout_of_all_layers():
     """A linear head without bias on the normalised layers 2 to L, zero at first, trained by the task loss."""
     torch.manual_seed(3)
@@ -431,6 +436,7 @@ def test_readout_of_all_layers():
     torch.testing.assert_close(compiled.predict(x), features @ head.detach().t())
 
 
+@pytest.mark.slow
 def test_peer_state_is_a_running_mean_of_positive_activity():
     model, (x, y) = mlp(), batch()
     compiled = gr.compile(model, "ff{peer_momentum=0.75}")

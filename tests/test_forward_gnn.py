@@ -157,6 +157,7 @@ def coded(x, y):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["label", "virtual"])
 def test_goodness_methods(method):
     """All other classes as negatives, on the labelled nodes."""
@@ -186,6 +187,7 @@ def test_goodness_methods(method):
     assert torch.equal(predicted[~free].argmax(1), y[~free])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["single", "label", "virtual"])
 def test_no_later_parameter_enters_a_gradient(method):
     seen = []

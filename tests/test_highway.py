@@ -196,6 +196,7 @@ def test_learned_shortcuts_belong_to_the_skip():
 # --- certificate ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_branches_do_not_wait_for_each_other():
     """Backpropagation needs the blocks one after another, highway as many as there are iterations."""
     model, x, y = case("plain", 6)

@@ -294,6 +294,7 @@ def test_copy_of_an_edited_graph_can_be_edited_on():
 
 
 @pytest.mark.parametrize("name", ["cnn", "gpt"])
+@pytest.mark.slow
 def test_copy_of_an_expanded_graph(name):
     case = zoo.make(name)
     x, y = case.batch(4)

@@ -86,6 +86,7 @@ def test_gradients_are_those_of_the_loop(modulation):
         assert torch.equal(before[name], after[name]), name
 
 
+@pytest.mark.slow
 def test_maps_are_pooled():
     case = zoo.make("cnn")
     x, y = case.batch(4)

@@ -214,6 +214,7 @@ def conv_dgl(h, w, y):
 
 
 @pytest.mark.parametrize(("head", "loss"), [('"predsim{features=64}"', conv_predsim), ("dgl", conv_dgl)])
+@pytest.mark.slow
 def test_heads_on_maps(head, loss):
     # 8 x 8 positions, then 4 x 4 (dgl pools to 2 x 2 and 1 x 1), then their mean, which joins the last stage's block
     model = Net().double()
@@ -340,6 +341,7 @@ def test_shared_heads_learn_from_all_blocks():
         gr.compile(model, "local_loss{head=sim,share=unembedding}", **options)
 
 
+@pytest.mark.slow
 def test_similarity_with_soft_labels_and_with_ignored_ones():
     model, (x, y) = mlp(), data(6)
     compiled = compile_(model, "sim", x, y)
@@ -356,6 +358,7 @@ def test_similarity_with_soft_labels_and_with_ignored_ones():
     torch.testing.assert_close(compiled.losses["0"], expected.detach())
 
 
+@pytest.mark.slow
 def test_masked_node_classification():
     """A loss that picks the training nodes serves the heads as it serves the model."""
     case = zoo.make("gcn")

@@ -50,13 +50,14 @@ def eager_peak(depth: int) -> int:
 # --- peaks against depth ---------------------------------------------------------------------------------------------
 
 
-def test_forward_forward_is_flat_in_depth():
-    """At 4, 16 and 64 blocks, where eager backpropagation grows with every block."""
-    found = [peaks("ff", depth)[0] for depth in (4, 16, 64)]
+@pytest.mark.parametrize("depths", [(4, 16), pytest.param((4, 16, 64), marks=pytest.mark.slow)])
+def test_forward_forward_is_flat_in_depth(depths):
+    """While eager backpropagation grows with every block."""
+    found = [peaks("ff", depth)[0] for depth in depths]
     assert max(found) <= 1.1 * min(found)
-    eager = [eager_peak(depth) for depth in (4, 16, 64)]
-    assert eager[2] - eager[1] >= 40 * UNIT
-    assert found[2] < 0.2 * eager[2]
+    eager = [eager_peak(depth) for depth in depths]
+    assert eager[-1] - eager[0] >= 0.9 * (depths[-1] - depths[0]) * UNIT
+    assert depths[-1] < 64 or found[-1] < 0.2 * eager[-1]
 
 
 @pytest.mark.parametrize("rule", ["bp", "dfa"])
@@ -70,9 +71,7 @@ def test_backpropagation_peaks_no_higher_than_eager(depth):
     assert peaks("bp", depth)[0] <= eager_peak(depth)
 
 
-@pytest.mark.parametrize(
-    ("rule", "depth"), [("bp", 4), ("bp", 16), ("dfa", 4), ("dfa", 16), ("ff", 4), ("ff", 16), ("ff", 64)]
-)
+@pytest.mark.parametrize(("rule", "depth"), [("bp", 4), ("bp", 16), ("dfa", 4), ("dfa", 16), ("ff", 4), ("ff", 16)])
 def test_predicted_peak_is_the_measured_one(rule, depth):
     measured, predicted = peaks(rule, depth)
     assert 0 <= measured - predicted <= SCALARS

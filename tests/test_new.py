@@ -46,6 +46,7 @@ def _call(words: list[str], path: list[pathlib.Path], cwd: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["rule", "pass", "codec"])
+@pytest.mark.slow
 def test_a_new_package_installs_tests_itself_and_works(run: Run, tmp_path: pathlib.Path, kind: str) -> None:
     name = f"my_{kind}"
     data = run("new", kind, name.replace("_", "-"), "--into", str(tmp_path / "work"), "--json").data

@@ -30,7 +30,7 @@ CALLS = {
     ],
     "diff": [["diff", ":mlp", "--rule", "dfa"], ["diff", ":deep", "--rule", "ff"]],
     "explain": [["explain", ":deep", "--rule", "ff"]],
-    "certify": [["certify", ":mlp"], ["certify", ":tokens", "--rule", "bp"]],
+    "certify": [["certify", ":mlp", "--rule", "dfa"], ["certify", ":tokens", "--rule", "bp"]],
     "memory": [["memory", ":deep"], ["memory", ":mlp", "--rule", "ff", "--measure"]],
     "schedule": [["schedule", ":deep", "--rule", "ff"], ["schedule", ":untaught"]],
     "dump": [["dump", ":mlp", "{folder}/dump"]],

@@ -80,6 +80,7 @@ def test_the_course_is_that_of_ordinary_steps(rule):
     assert_same_course(lambda: compiled_mlp(rule), [data(5), data(5), data(8)])
 
 
+@pytest.mark.slow
 def test_statistics_dropout_and_one_optimizer_for_all():
     def make():
         case = zoo.make("cnn")
@@ -196,6 +197,7 @@ def peak(compiled, step) -> int:
     return live.peak
 
 
+@pytest.mark.slow
 def test_live_bytes_with_gradients_do_not_grow_with_depth():
     """The ordinary step holds all gradients at its end; the unlocked one those of a block at a time."""
     found: dict[int, tuple[int, int]] = {}

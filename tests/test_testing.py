@@ -61,6 +61,7 @@ def test_identity_check(problem):
         testing.assert_is_backpropagation(problem[0], "dfa", *problem[1:])
 
 
+@pytest.mark.slow
 def test_perturbation_finds_what_a_gradient_depends_on(problem):
     assert testing.downstream_reads(problem[0], "bp", *problem[1:]) == {"0": {"2", "4"}, "2": {"4"}, "4": set()}
     # the error reads every later block, and comes by no weight of theirs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
-from graphrewrite.passes.rules.ff import overlay
+from graphrewrite.passes.rules._labels import overlay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,7 +93,7 @@ def test_nested_tuples_round_trip():
         ("dfa{shared=false}", "dfa"),  # the default is not written
         ('dfa{distribution="normal"}', "dfa{distribution=normal}"),
         ("ff{readout=goodness,peer=0}", "ff{peer=0,readout=goodness}"),
-        ("ff{embed=graphrewrite.passes.rules.ff:overlay}", "ff{embed=graphrewrite.passes.rules.ff:overlay}"),
+        ("ff{embed=graphrewrite.passes.rules._labels:overlay}", "ff{embed=graphrewrite.passes.rules._labels:overlay}"),
     ],
 )
 def test_reading_and_writing(text, expected):
@@ -103,7 +103,7 @@ def test_reading_and_writing(text, expected):
 
 
 def test_callables_go_by_their_path():
-    assert build_rule("ff{embed=graphrewrite.passes.rules.ff:overlay}").embed is overlay
+    assert build_rule("ff{embed=graphrewrite.passes.rules._labels:overlay}").embed is overlay
     with_function = type(build_rule("ff"))(embed=squash)
     assert str(with_function) == f"ff{{embed={__name__}:squash}}"
     assert build_rule(str(with_function)).embed is squash

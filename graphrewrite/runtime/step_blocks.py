@@ -91,6 +91,7 @@ def step_blocks(
             remedy="compile with backend='eager'",
         )
     inputs, targets = as_inputs(x), as_targets(y)
+    compiled._scheduled_feedback(inputs)
     program, call = compiled._program("loss", inputs, targets)
     program.check_labels(call.targets)
     plan = program.plans.get(greedy)

@@ -28,6 +28,8 @@ Fill = Callable[[torch.Tensor, torch.Generator], Any]
 
 def fill_feedback(distribution: str, bound: float) -> Fill:
     """Fills with U[-bound, bound) or with a normal of the same variance, bound^2 / 3."""
+    if not bound >= 0:
+        raise RuleError(f"feedback weights in [-{bound:g}, {bound:g}) do not exist", remedy="use scale=0 or more")
     if distribution == "uniform":
         return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
     if distribution == "normal":
