@@ -203,7 +203,8 @@ def keep_random() -> contextlib.AbstractContextManager[Any]:
     """Let export keep random operators whose results nothing reads: eager mode draws them."""
     from torch._inductor import config
 
-    return config.patch(fallback_random=True)  # type: ignore[no-any-return,no-untyped-call]
+    patched: contextlib.AbstractContextManager[Any] = config.patch(fallback_random=True)
+    return patched
 
 
 @contextlib.contextmanager
