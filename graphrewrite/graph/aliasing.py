@@ -43,6 +43,11 @@ def _shares_storage(a: object, b: object) -> bool:
     return b.is_contiguous()
 
 
+def owns_no_memory(node: fx.Node) -> bool:
+    """Whether a node is a view, or an element of a multi-view operator (split, unbind)."""
+    return is_view(node) or (is_getitem(node) and is_view(node.args[0]))  # type: ignore[arg-type]
+
+
 def base_of(node: fx.Node) -> fx.Node:
     """The node that owns the memory a value lives in."""
     while True:
@@ -71,8 +76,7 @@ def views_of(node: fx.Node) -> list[fx.Node]:
     stack = [node]
     while stack:
         for user in stack.pop().users:
-            views = is_view(user) or (is_getitem(user) and is_view(user.args[0]))  # type: ignore[arg-type]
-            if views and not is_backward(user) and user not in found:
+            if owns_no_memory(user) and not is_backward(user) and user not in found:
                 found.append(user)
                 stack.append(user)
     return found

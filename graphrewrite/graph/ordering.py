@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from graphrewrite.graph.aliasing import base_of, is_view, mutated_bases
-from graphrewrite.graph.nodes import LOSS_BLOCK, info, is_getitem, nbytes, value
+from graphrewrite.graph.aliasing import base_of, mutated_bases, owns_no_memory
+from graphrewrite.graph.nodes import LOSS_BLOCK, info, nbytes, value
 from graphrewrite.graph.ops import is_impure
 
 if TYPE_CHECKING:
@@ -124,9 +124,7 @@ def live_bytes(nodes: Sequence[fx.Node], kept: set[fx.Node], given: Iterable[fx.
 
 
 def _allocates(node: fx.Node) -> int:
-    if is_view(node) or (is_getitem(node) and is_view(node.args[0])):  # type: ignore[arg-type]
-        return 0
-    return _size(node)
+    return 0 if owns_no_memory(node) else _size(node)
 
 
 def _size(base: fx.Node) -> int:

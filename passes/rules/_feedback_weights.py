@@ -268,6 +268,19 @@ class FeedbackRule(Rule):
                 graph.replace_primal(read.op, read.position, by=counterparts(read))
         return PassResult(graph, True)
 
+    def weight_state(
+        self, graph: JointGraph, weight: fx.Node, fill: Fill, *, prefix: str = "feedback", trainable: bool = False
+    ) -> fx.Node:
+        """State in the form of a parameter."""
+        return graph.add_state(
+            self.feedback_name(weight, prefix),
+            tuple(value(weight).shape),
+            fill,
+            trainable=trainable,
+            dtype=value(weight).dtype,
+            device=value(weight).device,
+        )
+
     def feedback_name(self, weight: fx.Node, prefix: str = "feedback") -> str:
         """The name of the feedback state of a parameter."""
         spec = spec_of(weight)

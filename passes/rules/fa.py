@@ -16,7 +16,6 @@ from graphrewrite.passes.rules._feedback_weights import (
 from torch import fx
 
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import value
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,4 @@ class FeedbackAlignment(FeedbackRule):
     def counterpart(self, graph: JointGraph, weight: fx.Node, read: WeightRead) -> fx.Node:
         """A fixed random B."""
         std = self.scale * deviation(self.init, Fans.of(weight, read))
-        return graph.add_state(
-            self.feedback_name(weight),
-            tuple(value(weight).shape),
-            fill_weights(self.distribution, std),
-            dtype=value(weight).dtype,
-            device=value(weight).device,
-        )
+        return self.weight_state(graph, weight, fill_weights(self.distribution, std))

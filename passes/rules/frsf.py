@@ -19,7 +19,6 @@ from graphrewrite.passes.rules._feedback_weights import (
 from torch import fx
 
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import value
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,8 @@ class FixedSignFeedback(FeedbackRule):
     def counterpart(self, graph: JointGraph, weight: fx.Node, read: WeightRead) -> fx.Node:
         """The sign of the weight times a fixed magnitude."""
         std = self.scale * deviation(self.init, Fans.of(weight, read))
-        magnitude = graph.add_state(
-            self.feedback_name(weight, "magnitude"),
-            tuple(value(weight).shape),
-            _absolute(fill_weights(self.distribution, std)),
-            dtype=value(weight).dtype,
-            device=value(weight).device,
+        magnitude = self.weight_state(
+            graph, weight, _absolute(fill_weights(self.distribution, std)), prefix="magnitude"
         )
         made: fx.Node = graph.splice(
             lambda w, m: m * w.sign(), [weight, magnitude], like=feedback_info(read), whole=False

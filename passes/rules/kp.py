@@ -16,7 +16,6 @@ from graphrewrite.passes.rules._feedback_weights import (
 from torch import fx
 
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import value
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,7 @@ class KolenPollack(FeedbackRule):
     def counterpart(self, graph: JointGraph, weight: fx.Node, read: WeightRead) -> fx.Node:
         """A learned B; a frozen W gives it no gradient."""
         std = self.scale * deviation(self.init, Fans.of(weight, read))
-        state = graph.add_state(
-            self.feedback_name(weight),
-            tuple(value(weight).shape),
-            fill_weights(self.distribution, std),
-            trainable=True,
-            dtype=value(weight).dtype,
-            device=value(weight).device,
-        )
+        state = self.weight_state(graph, weight, fill_weights(self.distribution, std), trainable=True)
         if weight in graph.leaves:
             graph.map_gradient(state, of=weight)
         return state

@@ -104,13 +104,7 @@ class WeightMirror(FeedbackRule):
     def counterpart(self, graph: JointGraph, weight: fx.Node, read: WeightRead) -> fx.Node:
         """A B that the mirror phase writes."""
         std = self.scale * deviation(self.init, Fans.of(weight, read))
-        return graph.add_state(
-            self.feedback_name(weight),
-            tuple(value(weight).shape),
-            fill_weights(self.distribution, std),
-            dtype=value(weight).dtype,
-            device=value(weight).device,
-        )
+        return self.weight_state(graph, weight, fill_weights(self.distribution, std))
 
     # --- the mirror phase ------------------------------------------------------------------------------------------
 
