@@ -24,8 +24,12 @@ from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import Tangent, spec_of, value
 from graphrewrite.graph.partition import Partition, save_sizes
 
-SETTINGS: dict[str, Any] = {"fallback_random": True}
-"""Of `torch._inductor.config`, for every stage; users' own settings of that module hold beside them."""
+SETTINGS: dict[str, Any] = {"fallback_random": True, "fx_graph_cache": False}
+"""Of `torch._inductor.config`, for every stage; users' own settings of that module hold beside them.
+
+Inductor's cache of whole graphs stores guards over the inputs of one graph, which those of a captured model are not.
+Its cache of the generated code on disk is used.
+"""
 
 compiled_stages = 0
 """How many stages were compiled in this process."""
@@ -180,7 +184,7 @@ def _trace(graph: JointGraph, module: fx.GraphModule, inputs: Sequence[Any]) -> 
 
 def _traced(run: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
     return make_fx(
-        run, decomposition_table=inductor_decompositions(), tracing_mode="real", _allow_non_fake_inputs=True
+        run, decomposition_table=inductor_decompositions(SETTINGS), tracing_mode="real", _allow_non_fake_inputs=True
     )(*inputs)
 
 

@@ -210,11 +210,15 @@ def keep_random() -> contextlib.AbstractContextManager[Any]:
     return patched
 
 
-def inductor_decompositions() -> dict[Any, Any]:
-    """The operators that Inductor wants decomposed, with their decompositions."""
-    from torch._inductor.decomposition import select_decomp_table
+def inductor_decompositions(settings: dict[str, Any]) -> dict[Any, Any]:
+    """The operators that Inductor wants decomposed under these settings; random ones stay what they are in eager."""
+    import torch._inductor.lowering  # some decompositions look into it
+    from torch._inductor import config, decomposition
 
-    return dict(select_decomp_table())
+    with config.patch(settings):
+        table = decomposition.select_decomp_table()
+    seeded = torch.Tag.nondeterministic_seeded
+    return {op: formula for op, formula in table.items() if seeded not in getattr(op, "tags", ())}
 
 
 def cpp_compiler() -> str | None:
