@@ -8,6 +8,10 @@ import pathlib
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # kernels run in Triton's interpreter; it must be chosen before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # side by side with another worker, one thread each is faster than two

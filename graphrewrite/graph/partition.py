@@ -8,7 +8,7 @@ loss runs in the forward, right behind its block, so that the block's activation
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ from graphrewrite.graph.nodes import (
 from graphrewrite.graph.ordering import cheapest_order
 
 if TYPE_CHECKING:
+    from graphrewrite.backends import Taken
     from graphrewrite.graph.joint import JointGraph
 
 Stage = Literal["forward", "backward", "weight"]
@@ -77,6 +78,8 @@ class Partition:
     backward_outputs: list[OutputSpec]
     stages: dict[fx.Node, Stage]
     order: dict[Stage, list[fx.Node]]
+    coverage: dict[fx.Node, Taken] = field(default_factory=dict)
+    """What runs each node; written by the backend. Nodes that are missing are run by the backend that was asked for."""
 
     @property
     def result_count(self) -> int:
