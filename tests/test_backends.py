@@ -21,13 +21,6 @@ WITH_TRITON = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import config
-
-    monkeypatch.setattr(config, "compile_threads", 1)
-
-
 def assert_near(actual: dict, expected: dict) -> None:
     """Equal up to float32 rounding, relative to the largest gradient of the model."""
     scale = max(g.abs().max() for g in expected.values() if g is not None)
