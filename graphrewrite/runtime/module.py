@@ -65,7 +65,7 @@ class CompiledModule(StatefulModule):
         super().__init__()
         self.module = model
         self.training = model.training
-        self._graphrewrite = RuleState()
+        self._graphrewrite = RuleState(model.training)
         self._options = options
         self._step = 0
         self._calls = 0
@@ -469,11 +469,6 @@ class CompiledModule(StatefulModule):
     def task_loss(self, outputs: Any, targets: Any) -> torch.Tensor:
         """The user's loss on outputs of the model."""
         return self._options.loss(outputs, targets)
-
-    def train(self, mode: bool = True) -> CompiledModule:
-        """Set the mode of the model; rule state has none."""
-        super().train(mode)
-        return self
 
     # --- copying ---------------------------------------------------------------------------------------------------
 
