@@ -53,6 +53,7 @@ class Options:
     blocks: Blocks = "auto"
     backend: str = "eager"
     passes: tuple[Pass, ...] = ()
+    compress: Pass | None = None
     dynamic: Any = "auto"
     verify: Verification = "structure"
     seed: int = 0
@@ -116,6 +117,8 @@ def build_program(
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
     extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
+    if options.compress is not None and kind in ("forward", "loss"):
+        extra.append(options.compress)
     if extra:
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
     part = partition(graph)

@@ -2,4 +2,9 @@
 
 REGISTRY = {
     "bf16": "graphrewrite.passes.compression.bf16:BFloat16",
+    "int2": "graphrewrite.passes.compression.int2:Int2",
+    "int4": "graphrewrite.passes.compression.int4:Int4",
+    "int8": "graphrewrite.passes.compression.int8:Int8",
+    "mask": "graphrewrite.passes.compression.mask:Mask",
+    "none": "graphrewrite.passes.compression.none:Keep",
 }
