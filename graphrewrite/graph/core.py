@@ -399,7 +399,7 @@ class GraphCore:
             else:
                 self._refuse_mutation(node)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-                node_info = like(node) if callable(like) else like
+                node_info = node.meta.get("gr") or (like(node) if callable(like) else like)
                 env[node] = self.emit(
                     node.target, args, kwargs, like=node_info, name=node.name, val=node.meta.get("val")
                 )

@@ -14,6 +14,7 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `clone_forward` | a second forward pass on other inputs, same parameters |
 | `pull_back` | one operator's derivative, applied to another cotangent beside the backward |
 | `drop_backward` | delete the backward |
+| `repeat` | an inner loop with state, kept as one callable sub-graph |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
 | `encode_saved` | store a saved tensor in another form |
 | `map_gradient` | the gradient of a leaf becomes a function of a gradient and other values |
@@ -24,6 +25,7 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import views_of
 from graphrewrite.graph.core import GraphCore, StateInit
 from graphrewrite.graph.differentiate import Backward, MappedGradient, Part, Pullback
+from graphrewrite.graph.loop import OPERATOR, trace_body
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
     BufferUpdate,
@@ -145,10 +148,11 @@ class JointGraph(GraphCore):
     ) -> fx.Node:
         """Cut `boundary` and let `signal(*inputs)` be its cotangent.
 
-        From the boundary down to the previous cut the derivative stays exact.
+        From the boundary down to the previous cut the derivative stays exact. For a leaf, whose cotangent is its
+        gradient, the signal is the gradient.
 
         Args:
-            boundary: A forward value.
+            boundary: A forward value, or a leaf.
             signal: Returns a tensor with the shape and dtype of the boundary.
             inputs: Its arguments: an output error, targets, state.
             consumers: Where to cut; default: all consumers in other blocks.
@@ -156,7 +160,9 @@ class JointGraph(GraphCore):
         Returns:
             The node of the signal.
         """
-        like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary)
+        table = self._table()
+        like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary, spec=None)
+        like = like.but(block=table.block_of(boundary))
         node: fx.Node = self.splice(signal, inputs, like=like, whole=False)
         want, got = value(boundary), value(node)
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
@@ -167,7 +173,6 @@ class JointGraph(GraphCore):
                 module=info(boundary).module,
                 remedy="the signal must have the shape and dtype of the boundary",
             )
-        table = self._table()
         edges = self.crossing(boundary) if consumers is None else consumers
         table.cuts.update((boundary, consumer) for consumer in edges)
         table.seed(boundary, node)
@@ -244,6 +249,36 @@ class JointGraph(GraphCore):
         table = self._table()
         table.seeds.clear()
         table.propagate()
+
+    # --- loops -----------------------------------------------------------------------------------------------------
+
+    def repeat(
+        self,
+        body: Callable[..., Sequence[torch.Tensor]],
+        state: Sequence[fx.Node],
+        steps: int,
+        *,
+        inputs: Sequence[fx.Node] = (),
+        like: NodeInfo,
+    ) -> list[fx.Node]:
+        """An inner loop, kept as one callable sub-graph: the graph is as large for many steps as for one.
+
+        Args:
+            body: `body(*state, *inputs) -> next state`, an ordinary PyTorch function; it may call
+                `torch.autograd.grad`. Parts of it may say what they are for, by `graphrewrite.graph.loop.labelled`.
+            state: The initial state; it keeps its shapes and dtypes.
+            steps: How often the body runs.
+            inputs: What every step reads.
+            like: Role, block and module of the loop, and of what its body does not label.
+
+        Returns:
+            The nodes of the final state.
+        """
+        if steps < 0:
+            raise RuleError(f"a loop of {steps} steps", module=like.module)
+        traced = trace_body(self, body, state, inputs, like)
+        node = self.emit(OPERATOR, (list(state), list(inputs), steps, traced.number), like=like, name="repeat")
+        return [self.emit(operator.getitem, (node, i), like=like) for i in range(len(state))]
 
     # --- derivatives of single operators ---------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ from graphrewrite.runtime.stateful import StatefulModule
 from graphrewrite.runtime.step_blocks import BeforeUpdate, Factory, Optimizer, Optimizers, step_blocks
 from graphrewrite.runtime.unoptimized import UntrainedStateWatch
 from graphrewrite.runtime.views import LossModule, NoBackward
+from graphrewrite.runtime.zeroth_order import zo_step
 
 if TYPE_CHECKING:
     from graphrewrite.report.summary import Report
@@ -162,6 +163,24 @@ class CompiledModule(StatefulModule):
             RuleError: A block's update waits for blocks behind it.
         """
         return step_blocks(self, x, y, optimizers, greedy, before_update)
+
+    def zo_step(self, x: Any, y: Any, lr: float, weight_decay: float = 0.0) -> torch.Tensor:
+        """One step of `zeroth_order` that updates the parameters in place, at the memory of inference.
+
+        The update is that of `loss(x, y).backward()` and SGD with this learning rate, up to rounding: the same
+        directions, but no gradient is ever held. Biases and normalisation weights do not decay. In a distributed run
+        all ranks move along the same directions, by the mean of their losses.
+
+        Args:
+            x: As for `loss`.
+            y: As for `loss`.
+            lr: Learning rate.
+            weight_decay: Multiplies the weights with two dimensions or more, as in SGD.
+
+        Returns:
+            The mean of the losses that were compared.
+        """
+        return zo_step(self, x, y, lr, weight_decay)
 
     def block_optimizers(self) -> dict[str, Optimizer]:
         """The optimizers that `step_blocks` made of a function, by block: for schedulers and checkpoints."""

@@ -21,4 +21,5 @@ REGISTRY = {
     "straight_through": "graphrewrite.passes.rules.straight_through:StraightThrough",
     "usf": "graphrewrite.passes.rules.usf:UniformSignFeedback",
     "weight_mirror": "graphrewrite.passes.rules.weight_mirror:WeightMirror",
+    "zeroth_order": "graphrewrite.passes.rules.zeroth_order:ZerothOrder",
 }
