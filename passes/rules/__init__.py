@@ -16,6 +16,7 @@ REGISTRY = {
     "lls": "graphrewrite.passes.rules.lls:LocalLearningPeriodic",
     "local_loss": "graphrewrite.passes.rules.local_loss:LocalLoss",
     "mono_forward": "graphrewrite.passes.rules.mono_forward:MonoForward",
+    "pepita": "graphrewrite.passes.rules.pepita:Pepita",
     "pfa": "graphrewrite.passes.rules.pfa:ProductFeedbackAlignment",
     "reinmax": "graphrewrite.passes.rules.reinmax:ReinMax",
     "straight_through": "graphrewrite.passes.rules.straight_through:StraightThrough",
