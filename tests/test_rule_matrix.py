@@ -24,7 +24,7 @@ FEEDBACK = [
     "straight_through",
     "reinmax",
 ]
-FORWARD = ["pepita"]
+FORWARD = ["pepita", "foton"]
 LOCAL = ["ff", "mono_forward", "local_loss", "lls"]
 MODELS = {
     **dict.fromkeys(FEEDBACK, ("mlp", "cnn", "resnet", "gpt2", "bert", "vit", "gcn", "gat", "lstm")),
@@ -35,7 +35,7 @@ MODELS = {
 }
 ONE_SIZE = {"forward_gnn"}
 """Rules that hold the labels of one graph's nodes as state."""
-STILL = {("pepita", "vit"): {"vit.embeddings.cls_token"}}
+STILL = {(rule, "vit"): {"vit.embeddings.cls_token"} for rule in ("pepita", "foton")}
 """What cannot learn: a token in front of the model that is the same in both passes, whatever the input."""
 REFUSED = {("ff", "gpt2"): "floating-point input"}
 QUICK = {"mlp", "gcn"}

@@ -10,6 +10,7 @@ REGISTRY = {
     "fa": "graphrewrite.passes.rules.fa:FeedbackAlignment",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
     "forward_gnn": "graphrewrite.passes.rules.forward_gnn:ForwardGNN",
+    "foton": "graphrewrite.passes.rules.foton:Foton",
     "frsf": "graphrewrite.passes.rules.frsf:FixedSignFeedback",
     "highway": "graphrewrite.passes.rules.highway:Highway",
     "kp": "graphrewrite.passes.rules.kp:KolenPollack",

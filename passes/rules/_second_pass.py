@@ -135,7 +135,8 @@ def _difference(positions: Callable[[torch.Tensor, torch.Tensor], Any]) -> Calla
     """(h - h'), as a mean over samples and positions."""
 
     def signal(first: torch.Tensor, second: torch.Tensor, share: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        return (first - second) * (share / positions(first, answer)).to(first.dtype)
+        share = (share / positions(first, answer)).to(first.dtype)
+        return (first - second) * share
 
     return signal
 
