@@ -20,7 +20,7 @@ from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Grad, StateUpdate, UserInput, info
+from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, UserInput, info
 from graphrewrite.graph.partition import partition
 from graphrewrite.graph.verify import has_random, verify
 from graphrewrite.inputs import Inputs
@@ -103,7 +103,8 @@ def build_program(
         else:
             graph = pipeline.run([rule], graph, rule_key=key)
     if kind == "feedback":
-        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, StateUpdate)})
+        kept = (StateUpdate, ParameterUpdate)
+        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, kept)})
     graph.prune(impure=kind == "feedback")
     graph = pipeline.run([p for p in operator_passes if not p.before_rules], graph)
     if kind in ("evaluate", "predict"):

@@ -24,15 +24,19 @@ FEEDBACK = [
     "straight_through",
     "reinmax",
 ]
+FORWARD = ["pepita", "foton"]
 LOCAL = ["ff", "mono_forward", "local_loss", "lls"]
 MODELS = {
     **dict.fromkeys(FEEDBACK, ("mlp", "cnn", "resnet", "gpt2", "bert", "vit", "gcn", "gat", "lstm")),
     **dict.fromkeys(LOCAL, ("mlp", "cnn", "resnet", "vit", "gpt2", "gcn")),
+    **dict.fromkeys(FORWARD, ("mlp", "cnn", "resnet", "vit", "gcn")),
     "counter_current": ("mlp", "cnn"),
     "forward_gnn": ("gcn", "gat", "sage"),
 }
 ONE_SIZE = {"forward_gnn"}
 """Rules that hold the labels of one graph's nodes as state."""
+STILL = {(rule, "vit"): {"vit.embeddings.cls_token"} for rule in ("pepita", "foton")}
+"""What cannot learn: a token in front of the model that is the same in both passes, whatever the input."""
 REFUSED = {("ff", "gpt2"): "floating-point input"}
 QUICK = {"mlp", "gcn"}
 
@@ -67,7 +71,8 @@ def test_rule_trains_model(rule, model):
         optimizer.step()
     still = [name for name, p in case.model.named_parameters() if torch.equal(p, before[name])]
     # biases in front of a normalisation have a gradient of zero; whole layers that stay where they are would be a cut
-    assert not [name for name in still if before[name].dim() > 1], f"these never learn: {still}"
+    still = [name for name in still if before[name].dim() > 1 and name not in STILL.get((rule, model), ())]
+    assert not still, f"these never learn: {still}"
     predicted = compiled.eval().predict(x)
     assert all(torch.isfinite(t).all() for t in tree_leaves(predicted) if torch.is_tensor(t))
 

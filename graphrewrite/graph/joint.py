@@ -16,6 +16,7 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `drop_backward` | delete the backward |
 | `repeat` | an inner loop with state, kept as one callable sub-graph |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
+| `update_parameter` | a phase between steps writes a parameter |
 | `encode_saved` | store a saved tensor in another form |
 | `map_gradient` | the gradient of a leaf becomes a function of a gradient and other values |
 | `recompute` | compute a saved tensor again in the backward |
@@ -43,6 +44,7 @@ from graphrewrite.graph.nodes import (
     Loss,
     LossTerm,
     NodeInfo,
+    ParameterUpdate,
     Role,
     State,
     StateUpdate,
@@ -559,6 +561,16 @@ class JointGraph(GraphCore):
         if tuple(value(new).shape) != tuple(value(node).shape):
             raise RuleError(f"the update of state {name} has another shape than the state")
         self.add_output(StateUpdate(name), new)
+        self.sort()
+        return new
+
+    def update_parameter(self, name: str, fn: Callable[..., torch.Tensor], inputs: Sequence[fx.Node]) -> fx.Node:
+        """Write `fn(parameter, *inputs)` into a parameter of the model; for phases between steps only."""
+        node = self.parameters()[name]
+        new: fx.Node = self.splice(fn, [node, *inputs], like=NodeInfo(role=Role.STATE, module=name), whole=False)
+        if tuple(value(new).shape) != tuple(value(node).shape) or value(new).dtype != value(node).dtype:
+            raise RuleError(f"the update of parameter {name} has another shape or dtype than the parameter")
+        self.add_output(ParameterUpdate(name), new)
         self.sort()
         return new
 

@@ -211,6 +211,16 @@ class StateUpdate:
 
 
 @dataclass(frozen=True)
+class ParameterUpdate:
+    """The new value of a parameter that a phase between steps writes."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"update of parameter {self.name}"
+
+
+@dataclass(frozen=True)
 class Grad:
     """The gradient of a parameter, of a learned state or of a user input."""
 
@@ -230,7 +240,7 @@ class Tap:
         return f"tap {self.name}"
 
 
-OutputSpec = UserOutput | Loss | LossTerm | BufferUpdate | InputUpdate | StateUpdate | Grad | Tap
+OutputSpec = UserOutput | Loss | LossTerm | BufferUpdate | InputUpdate | StateUpdate | ParameterUpdate | Grad | Tap
 
 
 # --- node information --------------------------------------------------------------------------------------------
