@@ -2,4 +2,5 @@
 
 REGISTRY = {
     "bf16": "graphrewrite.passes.compression.bf16:BFloat16",
+    "fewbit": "graphrewrite.passes.compression.fewbit:FewBit",
 }
