@@ -83,19 +83,19 @@ def use_table(graph: JointGraph, region: Region, table: Table) -> None:
 
 def encode(table: Table, x: torch.Tensor) -> torch.Tensor:
     """The code of each element, uint8: one comparison for each border. NaN has some code, whichever."""
-    start, found = table.codes[0], None
+    start = table.codes[0]
+    found: torch.Tensor | None = None
     for border, before, after in zip(table.borders, table.codes, table.codes[1:], strict=False):
-        rises = after > before
-        hit = (x >= border if rises else x < border).to(torch.uint8)
         height = abs(after - before)
-        start -= 0 if rises else height
+        hit = x >= border if after > before else x < border
+        start -= 0 if after > before else height
+        if found is None or height > 1:
+            hit = hit.to(torch.uint8)
         hit = hit * height if height > 1 else hit
         found = hit if found is None else found + hit
     assert found is not None
-    if start == 0:
-        return found
     # sums are right modulo 2^bits
-    return (found + start % 2**table.bits) & (2**table.bits - 1)
+    return found if start == 0 else (found + start % 2**table.bits) & (2**table.bits - 1)
 
 
 def _levels(graph: JointGraph, table: Table, like: torch.Tensor) -> fx.Node:

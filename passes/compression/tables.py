@@ -40,7 +40,7 @@ DOMAIN = 20.0
 
 _PER_UNIT = 1600
 """Fine cells per unit: kinks and jumps at multiples of 1/1600 are met exactly."""
-_CELLS = 12000
+_CELLS = 16000
 _CONTIGUOUS_CELLS = 1800
 _LOBATTO = np.array([-1.0, -(5.0**-0.5), 5.0**-0.5, 1.0])
 _LOBATTO_WEIGHTS = np.array([1.0, 5.0, 5.0, 1.0]) / 12.0
