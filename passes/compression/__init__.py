@@ -2,5 +2,7 @@
 
 REGISTRY = {
     "bf16": "graphrewrite.passes.compression.bf16:BFloat16",
+    "approx_bp": "graphrewrite.passes.compression.approx_bp:ApproxBP",
     "fewbit": "graphrewrite.passes.compression.fewbit:FewBit",
+    "ms_norm": "graphrewrite.passes.compression.ms_norm:MemorySharingNorm",
 }
