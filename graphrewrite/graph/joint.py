@@ -300,8 +300,9 @@ class JointGraph(GraphCore):
         fwd: Callable[..., Any] | None = None,
         residuals: Sequence[fx.Node] | None = None,
         part: Part | None = None,
+        inputs: Sequence[fx.Node] | None = None,
     ) -> None:
-        """Give one operator another derivative, as `jax.custom_vjp`.
+        """Give one operator, or several at once, another derivative, as `jax.custom_vjp`.
 
         Args:
             node: A forward operator.
@@ -312,8 +313,14 @@ class JointGraph(GraphCore):
                 tensor inputs. Only what it returns is saved.
             residuals: Instead of `fwd`: existing nodes. Default: the operator's inputs, then its outputs.
             part: `"d"` (activations), `"w"` (parameters); None: whatever the operator has as one row.
+            inputs: `node` is the last of several operators, and these are the values that all of them together are a
+                function of: `bwd` returns a cotangent for each. What lies between gets none through `node` any more.
         """
-        row = self.pullback(node, part)
+        if inputs is None:
+            row = self.pullback(node, part)
+        else:
+            row = Pullback(node, "vjp", tuple(range(len(inputs))), inputs=tuple(inputs))
+            self._table().pullbacks[node] = [row]
         if fwd is not None:
             like = info(node).but(mirrors=None)
             made = self.splice(fwd, flat_inputs(node), like=like, whole=False)
@@ -356,9 +363,9 @@ class JointGraph(GraphCore):
         table = self._table()
         found = list(table.seeds.get(node, ()))
         for consumer in consumers:
-            inputs = flat_inputs(consumer)
             for row in table.rows(consumer):
-                found += [held for position, held in row.results.items() if inputs[position] is node]
+                sources = row.sources
+                found += [held for position, held in row.results.items() if sources[position] is node]
         return found
 
     def replace_primal(

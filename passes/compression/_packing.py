@@ -38,7 +38,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     per_byte = 8 // bits
     if per_byte == 1:
         return flat
-    rows = pad_end(flat, per_byte).view(per_byte, -1)
+    rows = pad_end(flat, per_byte).view(per_byte, packed_size(flat.shape[0], bits))
     packed = rows[0]
     for i in range(1, per_byte):
         packed = packed | (rows[i] << (i * bits))
