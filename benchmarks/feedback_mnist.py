@@ -29,7 +29,6 @@ from torch import nn
 from graphrewrite.datasets import Dataset, Split, mnist
 from graphrewrite.training import Budget, Learner, side_by_side, train
 
-
 MNIST = 60_000
 
 
