@@ -79,7 +79,7 @@ def rule_models_page() -> str:
     """Rules times models, from what `benchmarks/rule_models.py` found."""
     path = FOLDER.parent / "benchmarks" / "results" / "rule_models.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    models = list(rows[0]["models"])
+    models = list(max((row["models"] for row in rows), key=len))
     reasons: dict[str, int] = {}
     parts = [
         "# Rules and models",
@@ -91,10 +91,10 @@ def rule_models_page() -> str:
         "|---|" + "---|" * len(models),
     ]
     for row in rows:
-        cells = [
-            "yes" if found == "trains" else f"no ({reasons.setdefault(found, len(reasons) + 1)})"
-            for found in row["models"].values()
-        ]
+        cells = []
+        for found in (row["models"].get(model, "") for model in models):
+            tried = {"trains": "yes", "": "not tried"}
+            cells.append(tried.get(found) or f"no ({reasons.setdefault(found, len(reasons) + 1)})")
         parts.append(f"| [`{row['rule']}`](rules.md#{row['rule']}) | {' | '.join(cells)} |")
     parts += ["", "Why not:", ""] if reasons else []
     parts += [f"{number}. {_cell(reason)}" for reason, number in reasons.items()]
