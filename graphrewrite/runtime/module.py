@@ -447,6 +447,16 @@ class CompiledModule(StatefulModule):
                 values.append(held[name])
         return [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in values]
 
+    def run_forward(self, kind: Kind, inputs: Inputs) -> dict[Any, Any]:
+        """Run a program without targets and without a backward; its results by output specification."""
+        program, call = self._program(kind, inputs, None)
+        return self._run_forward(program, call)
+
+    @property
+    def rules(self) -> str:
+        """Text form of the rule, or of the map of rules."""
+        return str(self._options.rules)
+
     # --- training through compiled(x) where the rule cannot ----------------------------------------------------------
 
     def _forward_without_backward(self, rule: str, args: Any, kwargs: Any) -> Any:
