@@ -61,6 +61,7 @@ __all__ = [
     "set_grad_wrapper",
     "statically_known_true",
     "traced_graph",
+    "unreduced_losses",
 ]
 
 CustomApply = Callable[..., Any]
@@ -175,6 +176,22 @@ def _python_decompositions() -> list[tuple[Any, dict[Any, Any]]]:
             if kernels:
                 found.append((overload, kernels))
     return found
+
+
+@contextlib.contextmanager
+def unreduced_losses() -> Iterator[None]:
+    """Let `cross_entropy(reduction="none")` have its shape while it is traced.
+
+    For sizes that are symbols torch takes the shape of `nll_loss` from a Python form of it that has other arguments in
+    the operator's places, and finds a scalar.
+    """
+    table, op = torch._decomp.decomposition_table, torch.ops.aten.nll_loss.default
+    misread = table.pop(op, None)
+    try:
+        yield
+    finally:
+        if misread is not None:
+            table[op] = misread
 
 
 class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a function
