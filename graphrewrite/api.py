@@ -28,6 +28,7 @@ def compile(
     blocks: Blocks = "auto",
     backend: str = "eager",
     passes: Sequence[Pass | str] = (),
+    split_backward: bool = False,
     dynamic: Any = "auto",
     verify: Verification = "structure",
     seed: int = 0,
@@ -43,6 +44,8 @@ def compile(
         blocks: `"auto"`, `"layers"`, or a list of module-path globs.
         backend: `"eager"`.
         passes: Extra passes; each declares `level`.
+        split_backward: Two-stage backward: `.backward()` computes the inputs' gradients and what cannot wait,
+            `backward_weight()` the weight gradients.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
         verify: `"off"`, `"structure"`, or `"numeric"` (passes that promise it are held to bitwise equality).
         seed: Seed of rule state and of the rules' random operators.
@@ -66,6 +69,7 @@ def compile(
         dynamic=dynamic,
         verify=verify,
         seed=seed,
+        split_backward=split_backward,
     )
     compiled = CompiledModule(model, options)
     if example_inputs is not None:
