@@ -62,6 +62,7 @@ __all__ = [
     "statically_known_true",
     "traced_graph",
     "unreduced_losses",
+    "will_execute",
 ]
 
 CustomApply = Callable[..., Any]
@@ -115,6 +116,11 @@ def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 def release_saved(ctx: Any) -> None:
     """Let go of a custom function's saved tensors inside its backward, unless the graph is retained."""
     ctx.maybe_clear_saved_tensors()
+
+
+def will_execute(node: Any) -> bool:
+    """Whether the backward that is running will execute a node of the autograd graph."""
+    return bool(torch._C._will_engine_execute_node(node))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from graphrewrite.backends import Run, Taken
 from graphrewrite.backends.triton import activation, goodness, hadamard, norms, projection, quantise
-from graphrewrite.backends.triton.support import KERNELS, Kernel, unavailable
+from graphrewrite.backends.triton.support import KERNELS, Kernel, runs_on, unavailable
 from torch import fx
 
 from graphrewrite._compat import boxed
@@ -38,13 +38,13 @@ __all__ = [
 aten = torch.ops.aten
 
 
-def require() -> None:
-    """Raise if no kernel can run in this process.
+def require(device: torch.device) -> None:
+    """Raise if no kernel can run on this device in this process.
 
     Raises:
-        BackendError: triton is missing, or there is neither a CUDA device nor the interpreter.
+        BackendError: triton is missing, there is neither a CUDA device nor the interpreter, or the model is not there.
     """
-    reason = unavailable()
+    reason = unavailable() or runs_on(device)
     if reason:
         raise BackendError(
             f"backend 'triton' cannot run here: {reason}",
@@ -59,8 +59,8 @@ def lower(part: Partition) -> tuple[Run, ...]:
     Raises:
         BackendError: See `require`.
     """
-    require()
-    return tuple(boxed(with_kernels(module, part)) for module in (part.forward, part.backward))
+    require(part.graph.device)
+    return tuple(boxed(with_kernels(module, part)) for module in part.modules)
 
 
 def with_kernels(module: fx.GraphModule, part: Partition) -> fx.GraphModule:
