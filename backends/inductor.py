@@ -18,7 +18,7 @@ import torch
 from graphrewrite.backends import Run, Taken
 from torch import fx
 
-from graphrewrite._compat import boxed, cpp_compiler, inductor_code, inductor_decompositions, make_fx
+from graphrewrite._compat import boxed, cpp_compiler, inductor_code, inductor_decompositions, make_fx, rerun
 from graphrewrite.errors import BackendError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import Tangent, spec_of, value
@@ -202,7 +202,7 @@ def _trace(graph: JointGraph, module: fx.GraphModule, inputs: Sequence[Any]) -> 
     """The stage as a functional graph of decomposed ATen calls."""
 
     def run(*values: Any) -> Any:
-        return fx.Interpreter(module).run(*values)
+        return rerun(module, values)
 
     with torch.no_grad(), graph.tracing(keep_new_symbols=True):
         traced = _traced(run, inputs)

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     SYMPY_INTERP,
     GuardOnDataDependentSymNode,
+    PropagateUnbackedSymInts,
     ShapeEnv,
     free_unbacked_symbols,
     statically_known_true,
@@ -58,6 +59,7 @@ __all__ = [
     "quiet_export",
     "recurrent_decompositions",
     "release_saved",
+    "rerun",
     "set_grad_wrapper",
     "statically_known_true",
     "traced_graph",
@@ -231,6 +233,11 @@ def keep_random() -> contextlib.AbstractContextManager[Any]:
 
     patched: contextlib.AbstractContextManager[Any] = config.patch(fallback_random=True)
     return patched
+
+
+def rerun(module: torch.fx.GraphModule, values: Sequence[Any]) -> Any:
+    """Run a graph module node by node on fake values; sizes that depend on data stay the symbols they are in it."""
+    return PropagateUnbackedSymInts(module).run(*values)
 
 
 def inductor_decompositions(settings: dict[str, Any]) -> dict[Any, Any]:
