@@ -58,6 +58,7 @@ __all__ = [
     "preserve_annotations",
     "quiet_export",
     "recurrent_decompositions",
+    "register_dynamo_backend",
     "release_saved",
     "rerun",
     "set_grad_wrapper",
@@ -287,6 +288,15 @@ def inductor_code(
             module, inputs, static_input_idxs=(), is_backward=is_backward
         )
     return code
+
+
+def register_dynamo_backend(name: str, compiler: Callable[..., Any]) -> None:
+    """Let `torch.compile(backend=name)` call a function; nothing happens if the name is taken by it already."""
+    from torch._dynamo.backends import registry
+
+    if registry._COMPILER_FNS.get(name) is not compiler:
+        registry._COMPILER_FNS.pop(name, None)
+        registry.register_backend(compiler, name=name)
 
 
 @contextlib.contextmanager
