@@ -81,17 +81,17 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "inductor_code", as_it_is)
 
 
-@pytest.mark.parametrize("name", ["cnn", "gpt", "gcn"])
+@pytest.mark.parametrize("name", ["cnn", "gcn"])
 def test_what_inductor_is_given(name, uncompiled):
     """Decomposed stages; convolutions with batch-norm and dropout: the numbers come from torch's global generator."""
-    compiled = compare(name, "bp", "inductor", sizes=(4, 7))
+    compiled = compare(name, "bp", "inductor", sizes=(4,))
     dropout = [row for row in compiled.report().coverage if "random" in row.reason]
     assert len(dropout) == (1 if name == "cnn" else 0)
 
 
-@pytest.mark.parametrize("rule", ["dfa", "ff", "mono_forward"])
+@pytest.mark.parametrize("rule", ["dfa", "ff"])
 def test_rules_as_inductor_is_given_them(rule, uncompiled):
-    compare("mlp", rule, "inductor", sizes=(4, 7))
+    compare("mlp", rule, "inductor", sizes=(4,))
 
 
 def test_two_stages_as_inductor_is_given_them(uncompiled):
@@ -106,7 +106,7 @@ def test_two_stages_as_inductor_is_given_them(uncompiled):
 
 
 def test_local_rule_on_inductor():
-    compiled = compare("mlp", "mono_forward", "inductor", sizes=(4, 7))
+    compiled = compare("mlp", "mono_forward", "inductor", sizes=(4, 6))
     # the hidden blocks' gradients are made in the forward, and only scaled in the backward
     assert any(saved.carried for saved in compiled.program().partition.saved)
 
