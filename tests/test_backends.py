@@ -81,7 +81,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "inductor_code", as_it_is)
 
 
-@pytest.mark.parametrize("name", ["cnn", "gcn"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("gcn", marks=pytest.mark.slow)])
 def test_what_inductor_is_given(name, uncompiled):
     """Decomposed stages; convolutions with batch-norm and dropout: the numbers come from torch's global generator."""
     compiled = compare(name, "bp", "inductor", sizes=(4,))
@@ -89,13 +89,13 @@ def test_what_inductor_is_given(name, uncompiled):
     assert len(dropout) == (1 if name == "cnn" else 0)
 
 
-@pytest.mark.parametrize("rule", ["dfa", "ff"])
+@pytest.mark.parametrize("rule", ["dfa", pytest.param("ff", marks=pytest.mark.slow)])
 def test_rules_as_inductor_is_given_them(rule, uncompiled):
     compare("mlp", rule, "inductor", sizes=(4,))
 
 
 def test_two_stages_as_inductor_is_given_them(uncompiled):
-    case = zoo.make("gpt")
+    case = zoo.make("mlp")
     ours = gr.compile(case.model, split_backward=True, backend="inductor")
     theirs = gr.compile(copy.deepcopy(case.model))
     x, y = case.batch(4)

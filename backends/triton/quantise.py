@@ -27,7 +27,7 @@ def _codec(bits: int, group: int, symmetric: bool, stochastic: bool) -> Any:
 
 def levels(bits: int, symmetric: bool) -> int:
     """Steps between the least and the greatest code; half of them if symmetric."""
-    return 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    return (1 << (bits - 1)) - 1 if symmetric else (1 << bits) - 1
 
 
 def _why_not(x: torch.Tensor, bits: int, group: int) -> str:
