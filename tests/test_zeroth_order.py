@@ -20,7 +20,6 @@ from graphrewrite.testing.memory import equal_blocks, gradient_bytes, measured_p
 from graphrewrite.testing.rules import assert_locality_is_certified
 from helpers import assert_close, assert_equal, eager_grads, train_step
 
-
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:.*times the squared gradient.*:UserWarning")
 
@@ -148,9 +147,7 @@ def test_sparsity_leaves_out_other_coordinates_in_every_step():
     model = mlp()
     x, y = batch(model)
     full = train_step(gr.compile(model, "zeroth_order{method=coordinate}", example_inputs=x, example_targets=y), x, y)
-    compiled = gr.compile(
-        model, "zeroth_order{method=coordinate,sparsity=0.75}", example_inputs=x, example_targets=y
-    )
+    compiled = gr.compile(model, "zeroth_order{method=coordinate,sparsity=0.75}", example_inputs=x, example_targets=y)
     first, second = train_step(compiled, x, y), train_step(compiled, x, y)
     for name, gradient in first.items():
         kept = gradient != 0

@@ -46,6 +46,7 @@ from graphrewrite.graph.nodes import (
 from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.text import Names, operator_name
 
+_SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor}
 _SIGNS = {torch.ops.aten.sign.default, torch.ops.aten.sgn.default}
 
 
@@ -222,8 +223,11 @@ class _Prover:
                 found[node] = found[given]
         for node in self.loops.nodes:
             sources = [s for s in node.all_input_nodes if _tensor(s)]
-            if sources and not is_backward(node) and all(s in found for s in sources):
-                found[node] = found[sources[0]]
+            known = [s for s in sources if s in found]
+            # a weight that was moved is that weight still
+            moved = node.target in _SUMS and any(value(s).shape == value(node).shape for s in known)
+            if known and (moved or (not is_backward(node) and len(known) == len(sources))):
+                found[node] = found[known[0]]
         return found
 
     def _gradient_terms(self) -> dict[str, list[fx.Node]]:

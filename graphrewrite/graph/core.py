@@ -396,7 +396,9 @@ class GraphCore:
             else:
                 self._refuse_mutation(node)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-                node_info = node.meta.get("gr") or (like(node) if callable(like) else like)
+                node_info = like(node) if callable(like) else like
+                if "gr" in node.meta:  # `labelled` says what this part is for
+                    node_info = node.meta["gr"].but(stage=node.meta["gr"].stage or node_info.stage)
                 env[node] = self.emit(
                     node.target, args, kwargs, like=node_info, name=node.name, val=node.meta.get("val")
                 )

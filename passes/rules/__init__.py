@@ -17,6 +17,7 @@ REGISTRY = {
     "local_loss": "graphrewrite.passes.rules.local_loss:LocalLoss",
     "mono_forward": "graphrewrite.passes.rules.mono_forward:MonoForward",
     "pfa": "graphrewrite.passes.rules.pfa:ProductFeedbackAlignment",
+    "predictive_coding": "graphrewrite.passes.rules.predictive_coding:PredictiveCoding",
     "reinmax": "graphrewrite.passes.rules.reinmax:ReinMax",
     "straight_through": "graphrewrite.passes.rules.straight_through:StraightThrough",
     "usf": "graphrewrite.passes.rules.usf:UniformSignFeedback",
