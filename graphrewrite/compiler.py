@@ -83,7 +83,8 @@ def build_program(
     pipeline.stage("capture", graph)
     # what follows works on the captured graph itself
     forward_graph = graph.copy()
-    rules = options.rules.in_use(graph)
+    # local rules put passes and losses of their own in the place of the captured ones: the others build on that
+    rules = sorted(options.rules.in_use(graph), key=lambda entry: entry[1].objective != "local")
     for leaf, node in graph.inputs.items():
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None

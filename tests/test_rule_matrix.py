@@ -24,10 +24,12 @@ FEEDBACK = [
     "straight_through",
     "reinmax",
 ]
+ENERGY = ["zeroth_order", "predictive_coding"]
 LOCAL = ["ff", "mono_forward", "local_loss", "lls"]
 MODELS = {
     **dict.fromkeys(FEEDBACK, ("mlp", "cnn", "resnet", "gpt2", "bert", "vit", "gcn", "gat", "lstm")),
     **dict.fromkeys(LOCAL, ("mlp", "cnn", "resnet", "vit", "gpt2", "gcn")),
+    **dict.fromkeys(ENERGY, ("mlp", "cnn", "resnet", "vit", "gcn")),
     "counter_current": ("mlp", "cnn"),
     "forward_gnn": ("gcn", "gat", "sage"),
 }
@@ -44,6 +46,7 @@ def pairs():
             yield pytest.param(rule, model, marks=marks, id=f"{rule}-{model}")
 
 
+@pytest.mark.filterwarnings("ignore:.*times the squared gradient.*:UserWarning")
 @pytest.mark.parametrize(("rule", "model"), list(pairs()))
 def test_rule_trains_model(rule, model):
     case = zoo.make(model)

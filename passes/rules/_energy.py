@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graphrewrite.passes.rules._feedback import hidden_boundaries
 from graphrewrite.passes.rules._replay import Replay, run_node, task_loss
 from torch import fx
 
@@ -17,10 +16,16 @@ from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, info
 
 
 def settled_blocks(graph: JointGraph) -> dict[str, list[fx.Node]]:
-    """The running rule's blocks whose outputs other blocks read, with these outputs: the states."""
+    """The running rule's blocks whose outputs other blocks read, with these outputs: the states.
+
+    They are those of the pass that the task loss reads, which a local rule in front may have put in the first's place.
+    """
+    label = info(task_loss(graph)).copy if graph.has_loss else ""
     found: dict[str, list[fx.Node]] = {}
-    for boundary, _ in hidden_boundaries(graph):
-        found.setdefault(info(boundary).block, []).append(boundary)
+    for block in graph.rule_blocks():
+        for boundary in graph.boundaries(block.name, copy=label):
+            if graph.crossing(boundary, loss=False):
+                found.setdefault(block.name, []).append(boundary)
     return found
 
 

@@ -76,7 +76,7 @@ class Replay:
     def __init__(self, graph: JointGraph, outputs: Sequence[fx.Node], varying: Iterable[fx.Node], rule: str) -> None:
         self.outputs = list(outputs)
         given = set(varying)
-        forward = [n for n in graph.forward_nodes() if not info(n).copy]
+        forward = graph.forward_nodes()
         moving = set(given)
         for node in forward:
             if not _is_shared(node) and any(source in moving for source in node.all_input_nodes):

@@ -202,7 +202,7 @@ class _System:
     def _derivative(self, layer: Layer, wanted: Sequence[fx.Node], settled: Sequence[fx.Node]) -> list[fx.Node]:
         reads = [state for state in self.states if state in layer.replay.reads]
         own = [*layer.outputs] if layer is not self.learning_top else []
-        position = {state: node for state, node in zip(self.states, settled, strict=True)}
+        position = dict(zip(self.states, settled, strict=True))
         at = reads if self.fixed else [position[state] for state in reads]
         errors = [position[state] for state in own]
         inputs, size = layer.replay.inputs, len(reads)

@@ -274,10 +274,7 @@ class ZerothOrder(Rule):
                 return replay({leaf: moved}, inputs, copy=copy)[0]
 
             above = loss_at(1)
-            if kind == "central":
-                slope = (above - loss_at(-1)) / (2 * eps)
-            else:
-                slope = (above - base) / eps
+            slope = (above - loss_at(-1)) / (2 * eps) if kind == "central" else (above - base) / eps
             return [number + 1, torch.where(here, slope.to(found.dtype), found)]
 
         _, flat = graph.repeat(ask, start, chosen, inputs=[leaf, loss, where, *replay.inputs], like=_LOSSES)
