@@ -187,11 +187,15 @@ class _Prover:
         self._params_only = self._parameter_values()
         flow = nx.DiGraph()
         flow.add_nodes_from(self.rules)
-        for node in graph.forward_nodes():
+        inner = [n for n in self.loops.nodes if info(n).role is Role.FORWARD]
+        for node in (*graph.forward_nodes(), *inner):
             if info(node).role is Role.LOSS:
                 continue  # what a local loss reads of other blocks is no flow of the model
-            for source in node.all_input_nodes:
-                if source.op == "call_function" and _tensor(source) and source not in self._params_only:
+            for source in self.loops.sources(node):
+                if source.op != "call_function" or not _tensor(source) or source in self._params_only:
+                    continue
+                # of what a loop computes, only what belongs to a block
+                if info(source).block in self.rules or source in node.all_input_nodes:
                     flow.add_edge(info(source).block, info(node).block)
         self._behind: dict[str, set[str]] = {
             name: (nx.descendants(flow, name) if name in flow else set()) - {name, LOSS_BLOCK} for name in self.rules

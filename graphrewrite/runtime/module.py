@@ -119,7 +119,7 @@ class CompiledModule(StatefulModule):
         """
         inputs, targets = as_inputs(x), as_targets(y)
         trains = self._records_gradient()
-        if not trains and not self._has_local_objective():
+        if not trains and not self._has_local_objective() and not self._changes_forward():
             with torch.no_grad():
                 loss = self.task_loss(self.module(*inputs.args, **inputs.kwargs), targets)
             self.losses = {"task": loss}

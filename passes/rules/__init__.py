@@ -7,6 +7,7 @@ REGISTRY = {
     "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
     "drtp": "graphrewrite.passes.rules.drtp:DirectRandomTargetProjection",
     "dual_propagation": "graphrewrite.passes.rules.dual_propagation:DualPropagation",
+    "equilibrium_propagation": "graphrewrite.passes.rules.equilibrium_propagation:EquilibriumPropagation",
     "fa": "graphrewrite.passes.rules.fa:FeedbackAlignment",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
     "forward_gnn": "graphrewrite.passes.rules.forward_gnn:ForwardGNN",
