@@ -251,10 +251,10 @@ class _Prover:
         return terms
 
     def _block_chains(self) -> dict[fx.Node, dict[str, int]]:
-        """Backward node -> block -> the longest chain of blocks with products that ends in it, on the way there."""
+        """Node -> block -> the longest chain of blocks with backward products that ends in it, on the way there."""
         found: dict[fx.Node, dict[str, int]] = {}
         for node in self.graph.nodes:
-            if not is_backward(node):
+            if node.op != "call_function":
                 continue
             longest: dict[str, int] = {}
             for source in node.all_input_nodes:
@@ -267,7 +267,7 @@ class _Prover:
                 before = max(longest.values(), default=0)
                 working = {info(n).block for n in call.body.nodes if is_backward(n) and flops(n)}
                 longest |= {block: before + call.steps for block in working if block in self.rules}
-            elif own in self.rules and flops(node):
+            elif is_backward(node) and own in self.rules and flops(node):
                 longest = {own: max([1, *(n + (block != own) for block, n in longest.items())])}
             found[node] = longest
         return found
@@ -296,7 +296,8 @@ class _Prover:
             return None
         behind = self._behind[block]
         everything, parents = self._reach(starts, lambda _n: True)
-        backward, backward_parents = self._reach(starts, is_backward)
+        # a second forward pass may start from a cotangent: what came back to it counts, too
+        backward = [n for n in everything if is_backward(n)]
         transport, affine, signs, local = NO, [], [], []
         for node in backward:
             for name in self._weights_read(node):
@@ -307,13 +308,13 @@ class _Prover:
                 elif node.target in _SIGNS:
                     signs.append(name)
                 elif not transport and info(node).block != LOSS_BLOCK:
-                    transport = Finding(True, (*self._path(node, backward_parents), f"parameter {name}"))
+                    transport = Finding(True, (*self._path(node, parents), f"parameter {name}"))
         met = {info(n).block for n in everything if n.op == "call_function" and _tensor(n)} & behind
         return BlockCertificate(
             block=block,
             rule=self.rules[block],
             weight_transport=transport,
-            backward_locked=self._first(backward, backward_parents, lambda n: info(n).block in behind),
+            backward_locked=self._first(backward, parents, lambda n: info(n).block in behind),
             update_locked=self._first(
                 everything,
                 parents,
@@ -425,7 +426,8 @@ def _is_error(node: fx.Node) -> bool:
     spec = spec_of(node) if node.op == "placeholder" else None
     if isinstance(spec, Tangent):
         return not isinstance(spec.output, Loss)
-    return node.op == "call_function" and info(node).block == LOSS_BLOCK and not is_backward(node)
+    in_loss = node.op == "call_function" and info(node).block == LOSS_BLOCK
+    return in_loss and (not is_backward(node) or info(node).role is Role.SIGNAL)
 
 
 def _sums_gradients(node: fx.Node) -> bool:
