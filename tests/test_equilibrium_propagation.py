@@ -103,26 +103,22 @@ def test_the_phases_by_hand(make, symmetric):
     assert compiled.loss(x, y) == pytest.approx(oracle.loss(states).item(), rel=1e-12)
 
 
-def test_symmetric_nudging_is_off_by_beta_squared_and_one_sided_by_beta():
+@pytest.mark.parametrize(("symmetric", "falls"), [(True, 100), pytest.param(False, 10, marks=SLOW)])
+def test_symmetric_nudging_is_off_by_beta_squared_and_one_sided_by_beta(symmetric, falls):
     """Identity 10, against the gradient at the free fixed point."""
     model = mlp()
     x, y = batch(model)
     exact = ByHand(model, x, y).exact()
     scale = max(g.abs().max() for g in exact.values())
-    errors: dict[tuple[bool, float], float] = {}
-    for symmetric in (True, False):
-        for beta in (0.1, 0.01):
-            rule = (
-                f"equilibrium_propagation{{free_steps=150,nudged_steps=150,beta={beta},"
-                f"symmetric={str(symmetric).lower()}}}"
-            )
-            compiled = gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y)
-            found = train_step(compiled, x, y)
-            errors[symmetric, beta] = max((found[n] - exact[n]).abs().max() for n in exact) / scale
-    assert errors[True, 0.1] < 5e-3
-    assert errors[True, 0.1] / errors[True, 0.01] == pytest.approx(100, rel=0.1)
-    assert errors[False, 0.1] / errors[False, 0.01] == pytest.approx(10, rel=0.2)
-    assert errors[False, 0.01] > 50 * errors[True, 0.01]
+    errors = []
+    for beta in (0.1, 0.01):
+        options = f"free_steps=60,nudged_steps=60,beta={beta},symmetric={str(symmetric).lower()}"
+        rule = f"equilibrium_propagation{{{options}}}"
+        found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
+        errors.append(max((found[n] - exact[n]).abs().max() for n in exact) / scale)
+    assert errors[0] / errors[1] == pytest.approx(falls, rel=0.2)
+    assert errors[0] < (5e-3 if symmetric else 6e-2)
+    assert symmetric or errors[1] > 1e-3
 
 
 def test_graph_and_certificate():
@@ -141,7 +137,12 @@ def test_graph_and_certificate():
     assert [bool(b.weight_transport) for b in found.blocks] == [True, True, False]
     assert [b.locality_radius for b in found.blocks] == [2, 1, 0]
     assert [bool(b.backward_locked) for b in found.blocks] == [True, True, False]
-    assert_locality_is_certified(model, "equilibrium_propagation", x, y, blocks="layers")
+
+
+@SLOW
+def test_locality_is_as_certified():
+    model = mlp()
+    assert_locality_is_certified(model, "equilibrium_propagation", *batch(model), blocks="layers")
 
 
 @pytest.mark.parametrize(

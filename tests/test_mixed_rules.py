@@ -66,6 +66,7 @@ def test_rules_that_replace_gradients_leave_the_others_exact(rule, mine):
     assert all((rules[layer] == "bp") == (layer in others) for layer in rules)
 
 
+@SLOW
 def test_zeroth_order_blocks_take_part_of_the_directions():
     """A block's weights move along the same directions whether or not other blocks are perturbed with them."""
     model, (x, y) = net(), batch()
@@ -90,7 +91,9 @@ def test_two_rules_without_a_backward_side_by_side():
     assert proved["2"].backward_locked
 
 
-@pytest.mark.parametrize("feedback", ["dfa", "fa", pytest.param("usf", marks=SLOW), pytest.param("kp", marks=SLOW)])
+@pytest.mark.parametrize(
+    "feedback", ["dfa", pytest.param("fa", marks=SLOW), pytest.param("usf", marks=SLOW), pytest.param("kp", marks=SLOW)]
+)
 def test_feedback_in_front_of_zeroth_order(feedback):
     """The feedback rule's blocks learn as in a map with bp behind them."""
     x, y = batch()
@@ -113,13 +116,13 @@ def test_the_certificate_of_a_mixture_is_that_of_its_blocks():
 @pytest.mark.parametrize(
     ("local", "order", "other"),
     [
-        ("ff", "local first", "zeroth_order{method=coordinate}"),
+        pytest.param("ff", "local first", "zeroth_order{method=coordinate}", marks=SLOW),
         pytest.param("ff", "local last", "zeroth_order{method=coordinate}", marks=SLOW),
         pytest.param("ff", "local first", "predictive_coding{variant=exact}", marks=SLOW),
         ("ff", "local last", "predictive_coding{variant=exact}"),
         pytest.param("ff", "local last", "bp", marks=SLOW),
         pytest.param("mono_forward", "local last", "zeroth_order{method=coordinate}", marks=SLOW),
-        ("mono_forward", "local first", "predictive_coding{variant=exact}"),
+        pytest.param("mono_forward", "local first", "predictive_coding{variant=exact}", marks=SLOW),
         pytest.param("mono_forward", "local last", "predictive_coding{variant=exact}", marks=SLOW),
     ],
 )
@@ -144,8 +147,7 @@ def test_local_rules_with_others_behind(local, order, other):
     assert not proved["0"].update_locked
 
 
-@pytest.mark.parametrize("local", ["ff", "mono_forward"])
-@pytest.mark.parametrize("other", ["zeroth_order", "predictive_coding"])
+@pytest.mark.parametrize(("local", "other"), [("ff", "zeroth_order"), ("mono_forward", "predictive_coding")])
 def test_local_rules_behind_others_are_refused(local, other):
     """Nothing of the task loss comes back through a cut, and no loss of their own reaches the first blocks."""
     with pytest.raises(gr.RuleError, match="no cotangent would reach it"):

@@ -90,9 +90,10 @@ def by_hand(model, x, y, *, variant, steps, size, beta=None, rate=None) -> dict[
     ("rule", "options"),
     [
         ("predictive_coding{steps=7}", {"variant": "strict", "steps": 7, "size": 0.1}),
-        (
+        pytest.param(
             "predictive_coding{steps=3,step_size=0.3,nudge=0.7}",
             {"variant": "strict", "steps": 3, "size": 0.3, "beta": 0.7},
+            marks=SLOW,
         ),
         ("predictive_coding{variant=fixed,steps=6}", {"variant": "fixed", "steps": 6, "size": 0.1}),
         (
@@ -112,6 +113,7 @@ def test_the_loop_by_hand(make, rule, options):
     assert_close(train_step(compiled, other, targets), by_hand(model, other, targets, **options), rtol=1e-9)
 
 
+@SLOW
 def test_incremental_gradients_are_what_sgd_has_to_move():
     """SGD with the inner rate ends where the inner weights ended."""
     model = mlp()
@@ -131,25 +133,27 @@ def test_incremental_gradients_are_what_sgd_has_to_move():
 # --- identities ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [mlp, pytest.param(conv, marks=SLOW)])
-def test_fixed_predictions_with_step_size_one_are_backpropagation_layer_by_layer(make):
+@pytest.mark.parametrize(
+    ("make", "sweeps"),
+    [(mlp, 1), (mlp, 3), *[pytest.param(mlp, n, marks=SLOW) for n in (0, 2)], pytest.param(conv, 1, marks=SLOW)],
+)
+def test_fixed_predictions_with_step_size_one_are_backpropagation_layer_by_layer(make, sweeps):
     """Identity 1: n sweeps make the top n layers exact and leave the others at zero."""
     model = make()
     x, y = batch(model)
     exact = eager_grads(model, F.cross_entropy(model(x), y))
     layers = [name for name, m in model.named_children() if list(m.parameters())]
-    for sweeps in range(len(layers) + 1):
-        rule = f"predictive_coding{{variant=fixed,step_size=1.0,steps={sweeps}}}"
-        found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
-        for depth, layer in enumerate(reversed(layers)):
-            for name in (f"{layer}.weight", f"{layer}.bias"):
-                if depth <= sweeps:
-                    assert (found[name] - exact[name]).abs().max() < 1e-15
-                else:
-                    assert not found[name].any()
+    rule = f"predictive_coding{{variant=fixed,step_size=1.0,steps={sweeps}}}"
+    found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
+    for depth, layer in enumerate(reversed(layers)):
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            if depth <= sweeps:
+                assert (found[name] - exact[name]).abs().max() < 1e-15
+            else:
+                assert not found[name].any()
 
 
-@pytest.mark.parametrize("variant", ["exact", "fixed,step_size=0.1,steps=200"])
+@pytest.mark.parametrize("variant", ["exact", pytest.param("fixed,step_size=0.1,steps=200", marks=SLOW)])
 def test_fixed_predictions_go_to_backpropagation(variant):
     """Identity 2 (2e-7), and the exact variant to rounding."""
     model = mlp()
@@ -159,6 +163,7 @@ def test_fixed_predictions_go_to_backpropagation(variant):
     assert_close(found, eager_grads(model, F.cross_entropy(model(x), y)), rtol=1e-14 if variant == "exact" else 2e-7)
 
 
+@SLOW
 def test_a_weak_nudge_is_backpropagation_in_the_limit():
     model = mlp()
     x, y = batch(model)
@@ -224,7 +229,9 @@ def test_the_graph_is_as_large_for_many_steps_as_for_few():
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("rule", ["predictive_coding{steps=4}", "predictive_coding{incremental=true,steps=4}"])
+@pytest.mark.parametrize(
+    "rule", ["predictive_coding{steps=4}", pytest.param("predictive_coding{incremental=true,steps=4}", marks=SLOW)]
+)
 def test_certificate(rule):
     """Errors come through the next block's weights and derivative, and settling waits for the blocks behind."""
     model = mlp()
@@ -237,9 +244,9 @@ def test_certificate(rule):
     assert found.global_error
     # the model's own, four in the loop, one at the settled activations
     assert found.forward_passes == 6
-    assert_locality_is_certified(model, rule, x, y, blocks="layers")
 
 
+@SLOW
 def test_energies_fall_while_activations_settle():
     model = mlp()
     x, y = batch(model)
