@@ -247,6 +247,13 @@ def test_certificate(rule):
 
 
 @SLOW
+@pytest.mark.parametrize("rule", ["predictive_coding{steps=4}", "predictive_coding{incremental=true,steps=4}"])
+def test_locality_is_as_certified(rule):
+    model = mlp()
+    assert_locality_is_certified(model, rule, *batch(model), blocks="layers")
+
+
+@SLOW
 def test_energies_fall_while_activations_settle():
     model = mlp()
     x, y = batch(model)

@@ -169,9 +169,9 @@ def _expression(node: fx.Node, names: Names) -> str:
             text += "; " + ", ".join(f"input {p} read as %{names[n]}" for p, n in call.replaced.items())
         return text + ")"
     if is_loop(node):
-        call = LoopCall.of(node)
-        state, inputs = (_argument(nodes, names) for nodes in (call.state, call.inputs))
-        return f"repeat(body{names.loops.index(node)}, steps={call.steps}, state={state}, inputs={inputs})"
+        loop = LoopCall.of(node)
+        state, inputs = (_argument(nodes, names) for nodes in (loop.state, loop.inputs))
+        return f"repeat(body{names.loops.index(node)}, steps={loop.steps}, state={state}, inputs={inputs})"
     args = [_argument(a, names) for a in node.args]
     args += [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
     return f"{operator_name(node)}({', '.join(args)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,8 @@ class _Segments:
         active = set(wanted)
         for node in self.layer.replay.nodes:
             block = info(node).block
-            result = run_node(node, lambda n, block=block: self._read(n, block, active), copy="settle", role=self.role)
+            read = functools.partial(self._read, block=block, active=active)
+            result = run_node(node, read, copy="settle", role=self.role)
             self.made[node] = result
             if isinstance(result, torch.Tensor) and result.requires_grad:
                 active.add(node)
@@ -127,7 +129,7 @@ class _Segments:
             if not leaves or not ends:
                 continue
             with labelled(NodeInfo(role=Role.COTANGENT, block=block, module=block)):
-                grads = torch.autograd.grad(
+                grads: Sequence[torch.Tensor | None] = torch.autograd.grad(
                     [self.made[n] for n in ends],
                     list(leaves.values()),
                     [arrived[n] for n in ends],
