@@ -116,7 +116,7 @@ def cut(
     captured = program.captured
     costs = dict.fromkeys((b.name for b in captured.graph.blocks), 0)
     for node in program.partition.graph.nodes:
-        if info(node).block in costs:
+        if node.op == "call_function" and info(node).block in costs:
             # what moves bytes only counts as well: a normalisation is not free
             costs[info(node).block] += flops(node) + nbytes(node.meta.get("val")) // 4
     names = list(costs)

@@ -76,7 +76,7 @@ class _ForwardPipeline:
             output_args=outlines[1],
             group=self._group,
         )
-        return ScheduleGPipe(stage, self._micro_batches)
+        return ScheduleGPipe(stage, self._micro_batches, scale_grads=False)
 
     def _run(self, schedule: ScheduleGPipe, x: Any, **others: Any) -> None:
         size = self._made.parts[0].inputs[0].shape[0]
@@ -130,7 +130,7 @@ class LocalPipeline(_ForwardPipeline):
         return self.module.parameters()
 
     def step(self, x: Any, y: torch.Tensor) -> torch.Tensor:
-        """Forward of one batch; `.grad` holds the mean over micro-batches afterwards.
+        """Forward of one batch; the gradient of the mean over micro-batches is added into `.grad`.
 
         Args:
             x: The inputs; needed by the first process.
@@ -213,7 +213,7 @@ class DFAPipeline(_ForwardPipeline):
         return self.module.parameters()
 
     def step(self, x: Any = None, y: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Forward, broadcast of the error, backward of all stages; `.grad` holds the mean over micro-batches.
+        """Forward, broadcast of the error, backward of all stages; gradients are added into `.grad`.
 
         Args:
             x: The inputs; needed by the first process.

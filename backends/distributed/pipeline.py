@@ -113,9 +113,15 @@ class Pipeline:
         kind = getattr(pipelining, f"Schedule{schedule}", None)
         if kind is None:
             raise RuleError(f"this torch ({torch.__version__}) has no schedule {schedule}")
+        self._loss = loss if loss is not None else default_loss
+        # the engine would divide what .grad holds already, too: the loss is divided instead
         self.schedule = kind(
-            built[0] if schedule in SINGLE else built, micro_batches, loss_fn=loss if loss is not None else default_loss
+            built[0] if schedule in SINGLE else built, micro_batches, loss_fn=self._share, scale_grads=False
         )
+
+    def _share(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """What one micro-batch adds to the mean."""
+        return self._loss(outputs, targets) / self._micro_batches
 
     @property
     def is_first(self) -> bool:
@@ -133,7 +139,7 @@ class Pipeline:
             yield from compiled.parameters()
 
     def step(self, x: Any = None, y: Any = None) -> torch.Tensor | None:
-        """Forward and backward of one batch; `.grad` holds the mean over micro-batches afterwards.
+        """Forward and backward of one batch; the gradient of the mean over micro-batches is added into `.grad`.
 
         Args:
             x: The model's inputs, a tensor or a tuple: needed where `is_first`.
@@ -158,7 +164,7 @@ class Pipeline:
                 before[name], one.grad = one.grad, None
         self.schedule.step(*args, target=y if self.is_last else None, losses=losses, return_outputs=False)
         self._add_tied(before)
-        return torch.stack([loss.detach() for loss in losses]).mean() if self.is_last else None
+        return torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
 
     def _check(self, given: tuple[Any, ...]) -> None:
         wanted = self._cut.parts[0].inputs
