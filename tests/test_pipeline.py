@@ -281,12 +281,12 @@ def test_the_most_expensive_stage_is_as_cheap_as_can_be():
     model = nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
     made = cut(model, torch.randn(8, 4), 3)
     whole = cut(model, torch.randn(8, 4), len(widths) - 1)
-    each = [part.cost for part in whole.parts]
+    each = [part.cost.total for part in whole.parts]
     best = min(
         max(sum(each[:a]), sum(each[a:b]), sum(each[b:])) for a, b in itertools.combinations(range(1, len(each)), 2)
     )
-    assert max(part.cost for part in made.parts) == best
-    assert sum(part.cost for part in made.parts) == sum(each)
+    assert max(part.cost.total for part in made.parts) == best
+    assert sum(part.cost.total for part in made.parts) == sum(each)
 
 
 def test_what_cannot_be_cut_is_refused():
@@ -374,9 +374,7 @@ def test_simulated_actions_keep_their_order(schedule):
         if action.kind == "F" and action.stage:
             before = Action("F", action.stage - 1, action.micro_batch)
         elif action.kind in "IB" and action.stage < last:
-            before = next(
-                a for k in "IB" if (a := Action(k, action.stage + 1, action.micro_batch)) in end
-            )
+            before = next(a for k in "IB" if (a := Action(k, action.stage + 1, action.micro_batch)) in end)
         else:
             continue
         delay = 0.25 if place[before.stage] != place[action.stage] else 0.0

@@ -8,7 +8,8 @@ neighbour is handed through by the stages in between, since neighbours are all t
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from graphrewrite._compat import FakeTensorMode
 from graphrewrite.analysis.blocks import Blocks
 from graphrewrite.analysis.cost import flops
 from graphrewrite.api import compile as compile_model
+from graphrewrite.backends.distributed.simulate import StageCost
 from graphrewrite.capture import Captured
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.nodes import (
@@ -38,6 +40,7 @@ from graphrewrite.graph.nodes import (
     spec_of,
     value,
 )
+from graphrewrite.graph.partition import Partition
 from graphrewrite.inputs import as_inputs
 
 
@@ -48,14 +51,14 @@ class Part:
     Attributes:
         module: Runs it.
         blocks: The blocks of the model in it.
-        cost: Its counted operations, forward and backward.
+        cost: What one micro-batch costs, in counted operations and bytes.
         inputs: Outlines of what it takes, on the meta device.
         outputs: Outlines of what it returns.
     """
 
     module: nn.Module
     blocks: tuple[str, ...]
-    cost: int
+    cost: StageCost
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
 
@@ -105,20 +108,11 @@ def cut(
     inputs = as_inputs(example_inputs)
     if inputs.kwargs or not all(isinstance(a, torch.Tensor) for a in inputs.args):
         raise RuleError("a pipeline's first stage takes tensors by position", remedy="wrap the model")
-    # in training mode, with gradients: what a step runs
-    probe = compile_model(model, "bp", blocks=blocks, dynamic=None)
-    was_training = model.training
-    try:
-        probe.train()
-        program = probe.materialize(inputs).program()
-    finally:
-        model.train(was_training)
+    # what a step runs, with gradients
+    probe = compile_model(model, "bp", blocks=blocks, dynamic=None, split_backward=True)
+    program = probe.materialize(inputs).program()
     captured = program.captured
-    costs = dict.fromkeys((b.name for b in captured.graph.blocks), 0)
-    for node in program.partition.graph.nodes:
-        if node.op == "call_function" and info(node).block in costs:
-            # what moves bytes only counts as well: a normalisation is not free
-            costs[info(node).block] += flops(node) + nbytes(node.meta.get("val")) // 4
+    costs = _count(program.partition)
     names = list(costs)
     if not 1 <= stages <= len(names):
         raise RuleError(
@@ -126,7 +120,7 @@ def cut(
             remedy=f"use at most {len(names)} stages, or finer blocks=",
         )
     slicer = _Slicer(captured, model, names)
-    bounds = _balance([costs[n] for n in names], stages, slicer.crossing_bytes())
+    bounds = _balance([round(costs[n].total) for n in names], stages, slicer.crossing_bytes())
     slicer.assign(bounds)
     shared = slicer.shared_parameters()
     if shared and tied == "refuse":
@@ -139,10 +133,33 @@ def cut(
     modules = [slicer.stage(k) for k in range(stages)]
     outlines = _outlines(modules, inputs.args)
     parts = [
-        Part(module, tuple(names[a:b]), sum(costs[n] for n in names[a:b]), outlines[k], outlines[k + 1])
+        Part(module, tuple(names[a:b]), _added(costs[n] for n in names[a:b]), outlines[k], outlines[k + 1])
         for k, (module, a, b) in enumerate(zip(modules, bounds[:-1], bounds[1:], strict=True))
     ]
     return Cut(parts, shared)
+
+
+def _count(part: Partition) -> dict[str, StageCost]:
+    """What each block costs. What moves bytes only counts as well: a normalisation is not free."""
+    found = {
+        block.name: dict.fromkeys(("forward", "backward", "weight", "saved", "held"), 0) for block in part.graph.blocks
+    }
+    for node, stage in part.stages.items():
+        block = found.get(info(node).block)
+        if block is not None:
+            block[stage] += flops(node) + nbytes(node.meta.get("val")) // 4
+    for kind, values in (("saved", part.saved), ("held", part.held)):
+        for one in values:
+            block = found.get(info(one.node).block)
+            if block is not None:
+                block[kind] += one.nbytes
+    return {name: StageCost(**held) for name, held in found.items()}
+
+
+def _added(costs: Iterable[StageCost]) -> StageCost:
+    """Several blocks as one stage."""
+    rows = [dataclasses.astuple(one) for one in costs]
+    return StageCost(*(sum(column) for column in zip(*rows, strict=True)))
 
 
 def _balance(costs: Sequence[int], stages: int, crossing: Sequence[int]) -> list[int]:
@@ -262,7 +279,9 @@ class _Slicer:
         if index:
             given = self._crossing(self._stage, index - 1)
         else:
-            given = [n for n in self.graph.nodes if isinstance(spec_of(n) if n.op == "placeholder" else None, UserInput)]
+            given = [
+                n for n in self.graph.nodes if isinstance(spec_of(n) if n.op == "placeholder" else None, UserInput)
+            ]
         held = self._reads(index)
         returned = (
             [n for spec, n in self.graph.outputs.items() if isinstance(spec, UserOutput)]

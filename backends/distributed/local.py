@@ -120,9 +120,7 @@ class LocalPipeline(_ForwardPipeline):
         """
         super().__init__(made, micro_batches, device, group)
         own = None if self.is_last else head(self.part.outputs[0]).to(self._device)
-        self.module = _LocalStage(
-            self.part.module.to(self._device), own, rule, loss or default_loss, 1 / micro_batches
-        )
+        self.module = _LocalStage(self.part.module.to(self._device), own, rule, loss or default_loss, 1 / micro_batches)
         self.schedule = self._schedule(self.module)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -231,15 +229,15 @@ class DFAPipeline(_ForwardPipeline):
             if y is None:
                 raise RuleError("the process of the last stage needs the targets")
             leaves = [out.detach().requires_grad_() for out in outputs]
-            each = [
-                self._loss(leaf, target) for leaf, target in zip(leaves, y.chunk(self._micro_batches), strict=True)
-            ]
+            each = [self._loss(leaf, target) for leaf, target in zip(leaves, y.chunk(self._micro_batches), strict=True)]
             loss = torch.stack(each).mean()
             errors = torch.stack(torch.autograd.grad(loss, leaves))
             loss = loss.detach()
         source = len(self._made) - 1
         dist.broadcast(
-            errors, dist.get_global_rank(self._group or dist.group.WORLD, source), group=self._group  # type: ignore[arg-type]
+            errors,
+            dist.get_global_rank(self._group or dist.group.WORLD, source),
+            group=self._group,  # type: ignore[arg-type]
         )
         for out, error in zip(outputs, errors, strict=True):
             signal = error if self.feedback is None else (error.flatten(1) @ self.feedback).view_as(out)

@@ -54,6 +54,11 @@ class StageCost:
     saved: float = 1.0
     held: float = 0.0
 
+    @property
+    def total(self) -> float:
+        """Time of a micro-batch, all in all."""
+        return self.forward + self.backward + self.weight
+
     def time(self, kind: Kind) -> float:
         """Of an action."""
         parts = {"F": self.forward, "I": self.backward, "W": self.weight, "B": self.backward + self.weight}
@@ -99,6 +104,15 @@ class Timeline:
         """The share of the processes' time in which they wait."""
         whole = self.makespan * len(self.spans)
         return 1 - self.busy / whole if whole else 0.0
+
+
+def ranks_of(schedule: str, stages: int) -> int:
+    """How many processes a schedule spreads stages over: one each, or two on each where it runs several."""
+    if schedule in ("GPipe", "1F1B", "ForwardOnly"):
+        return stages
+    if stages % 2:
+        raise RuleError(f"{schedule} runs two stages per process: their number is even, not {stages}")
+    return stages // 2
 
 
 def actions_of(schedule: str, ranks: int, micro_batches: int, stages: int | None = None) -> list[list[Action]]:

@@ -310,9 +310,7 @@ class CompiledModule(StatefulModule):
 
     def _second_stage(self, what: str) -> WeightQueue:
         if self._weights is None:
-            raise RuleError(
-                f"{what}() belongs to a backward in two stages", remedy="compile with split_backward=True"
-            )
+            raise RuleError(f"{what}() belongs to a backward in two stages", remedy="compile with split_backward=True")
         return self._weights
 
     # --- programs --------------------------------------------------------------------------------------------------
