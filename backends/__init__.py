@@ -1,7 +1,8 @@
 """Backends: what runs the stages of a partition. Installed as `graphrewrite.backends`.
 
-A backend is a function `lower(partition) -> (forward, backward)`. Both take their inputs as one list, which they empty,
-so that a value can be freed after its last use, and return a sequence of results.
+A backend is a function `lower(partition)` that returns a callable per stage of `partition.modules`: the forward, the
+backward and, where the backward is split in two, its weight stage. Each takes its inputs as one list, which it empties,
+so that a value can be freed after its last use, and returns a sequence of results.
 """
 
 from __future__ import annotations

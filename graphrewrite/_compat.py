@@ -54,6 +54,7 @@ __all__ = [
     "native_kernels",
     "patched_checkpoint",
     "patched_custom_functions",
+    "pipeline_actions",
     "preserve_annotations",
     "quiet_export",
     "recurrent_decompositions",
@@ -62,6 +63,7 @@ __all__ = [
     "statically_known_true",
     "traced_graph",
     "unreduced_losses",
+    "will_execute",
 ]
 
 CustomApply = Callable[..., Any]
@@ -115,6 +117,37 @@ def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 def release_saved(ctx: Any) -> None:
     """Let go of a custom function's saved tensors inside its backward, unless the graph is retained."""
     ctx.maybe_clear_saved_tensors()
+
+
+def will_execute(node: Any) -> bool:
+    """Whether the backward that is running will execute a node of the autograd graph."""
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def pipeline_actions(
+    schedule: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None
+) -> list[list[tuple[int, str, int]]]:
+    """The compute actions of one of torch's pipeline schedules, per process: (stage, "F" | "I" | "W" | "B", micro-batch).
+
+    The engine keeps them in `pipeline_order`; actions that it overlaps are listed one after the other, as its runtime
+    runs them.
+    """
+    from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+    def flat(action: Any) -> list[tuple[int, str, int]]:
+        if action.sub_actions is not None:
+            return [one for sub in action.sub_actions for one in flat(sub)]
+        return [(action.stage_index, action.computation_type.value, action.microbatch_index)]
+
+    found = get_schedule_ops(schedule, ranks, micro_batches, stages_per_rank)
+    listed = [[one for action in rank if action is not None for one in flat(action)] for rank in found]
+    computed = [[one for one in rank if one[1] in ("F", "I", "W", "B")] for rank in listed]
+    if schedule == "1F1B":
+        # what torch lists for the last process begins with micro-batch 1; what it runs begins with 0
+        for own in computed:
+            numbers = iter(range(micro_batches))
+            own[:] = [(stage, kind, next(numbers) if kind == "F" else mb) for stage, kind, mb in own]
+    return computed
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ def compile(
     compress: Any = None,
     backend: str = "eager",
     passes: Sequence[Pass | str] = (),
+    split_backward: bool = False,
     dynamic: Any = "auto",
     verify: Verification = "structure",
     seed: int = 0,
@@ -47,6 +48,8 @@ def compile(
             list of them (the first that accepts a value wins), or `{module glob: any of these}`.
         backend: `"eager"`.
         passes: Extra passes; each declares `level`.
+        split_backward: Two-stage backward: `.backward()` computes the inputs' gradients and what cannot wait,
+            `backward_weight()` the weight gradients.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
         verify: `"off"`, `"structure"`, or `"numeric"` (passes that promise it are held to bitwise equality).
         seed: Seed of rule state and of the rules' random operators.
@@ -72,6 +75,7 @@ def compile(
         dynamic=dynamic,
         verify=verify,
         seed=seed,
+        split_backward=split_backward,
     )
     compiled = CompiledModule(model, options)
     if example_inputs is not None:

@@ -15,7 +15,7 @@ from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.analysis.sparsity import tap_zeros
 from graphrewrite.capture import Captured, capture
-from graphrewrite.errors import VerifyError
+from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
@@ -59,6 +59,7 @@ class Options:
     dynamic: Any = "auto"
     verify: Verification = "structure"
     seed: int = 0
+    split_backward: bool = False
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
 
 
@@ -124,7 +125,10 @@ def build_program(
         graph.prune()
     operator = graph
     graph = pipeline.expand(graph)
-    graph = pipeline.run([textform.build("pass", name) for name in CLEANUP], graph)
+    split = options.split_backward and kind in ("forward", "loss")
+    # the halves of a convolution's backward run in different stages then
+    cleanup = [name for name in CLEANUP if not (split and name == "merge_convolution_backward")]
+    graph = pipeline.run([textform.build("pass", name) for name in cleanup], graph)
     if kind == "loss" and any(rule.objective == "local" or rule.early_backward for _, rule in rules):
         graph = pipeline.run([textform.build("pass", "early_local_backward")], graph)
     if any(info(n).region for n in graph.forward_nodes()):
@@ -134,11 +138,20 @@ def build_program(
         extra.append(options.compress)
     if extra:
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
+    if split:
+        graph = pipeline.run([textform.build("pass", "split_backward")], graph)
     part = partition(graph)
-    forward, backward = registry.find("backend", options.backend)(part)
+    forward, backward, *weight = registry.find("backend", options.backend)(part)
+    if part.backward_weight is not None and not weight:
+        raise BackendError(
+            f"backend {options.backend!r} lowers no weight stage",
+            remedy="compile without split_backward, or with backend='eager'",
+        )
     text, guards = make_guards(captured.graph if operator is captured.graph else graph)
     captured = dataclasses.replace(captured, graph=forward_graph)
-    program = Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
+    program = Program(
+        captured, operator, part, forward, backward, pipeline.history, text, guards, weight[0] if weight else None
+    )
     pipeline.finish(program)
     return program
 

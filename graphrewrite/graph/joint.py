@@ -20,6 +20,7 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `encode_saved` | store a saved tensor in another form |
 | `map_gradient` | the gradient of a leaf becomes a function of a gradient and other values |
 | `recompute` | compute a saved tensor again in the backward |
+| `split_backward` | weight gradients run in a stage of their own, behind the input cotangents |
 | `tap` | expose a value as an output |
 """
 
@@ -67,6 +68,7 @@ from graphrewrite.textform import to_text
 
 if TYPE_CHECKING:
     from graphrewrite.graph.codec import Codec
+    from graphrewrite.graph.split import Split
 
 
 class JointGraph(GraphCore):
@@ -746,6 +748,23 @@ class JointGraph(GraphCore):
                 min(again.users).prepend(again)
         self.prune(backward_only=True)
         return len(repeated)
+
+    def split_backward(self) -> Split:
+        """Let weight gradients, and what only they read or feed, run in a stage behind the input cotangents.
+
+        ATen level only. Call it last: nodes that are added later belong to the first stage.
+
+        Returns:
+            The nodes of the weight stage, and the gradients that stay in the first one, with the reason.
+        """
+        from graphrewrite.graph.split import find_weight_stage
+
+        if self.level != "aten":
+            raise RuleError("split_backward works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
+        found = find_weight_stage(self)
+        for node in found.nodes:
+            node.meta["gr"] = info(node).but(stage="weight")
+        return found
 
     def tap(self, node: fx.Node, name: str) -> None:
         """Expose a value (an activation, a cotangent) as an output named `name`."""

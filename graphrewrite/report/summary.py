@@ -8,7 +8,6 @@ from torch import fx
 
 from graphrewrite.analysis.certificates import Certificates, certify
 from graphrewrite.graph.nodes import info, value
-from graphrewrite.graph.partition import Saved
 from graphrewrite.graph.text import Names, operator_name
 from graphrewrite.pipeline import PassRecord
 from graphrewrite.runtime.program import Program
@@ -49,22 +48,31 @@ class Report:
     backend_coverage: dict[str, int]
     guards: tuple[str, ...]
     notes: tuple[tuple[str, str, str], ...] = ()
+    held: tuple[SavedRow, ...] = ()
+    """What lives between the two stages of a split backward; kind `"cotangent"`: computed in the first of them."""
 
     @property
     def saved_bytes(self) -> int:
         """Bytes held between the forward and the backward, parameters and inputs excluded."""
         return sum(row.nbytes for row in self.saved)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held between the two stages of a split backward, parameters and inputs excluded."""
+        return sum(row.nbytes for row in self.held)
+
+    @property
+    def not_split(self) -> tuple[str, ...]:
+        """What a split backward could not move into its second stage, and why."""
+        return tuple(dict.fromkeys(reason for by, _, reason in self.notes if by == "split_backward"))
+
     def __str__(self) -> str:
         lines = [f"rule {self.rule}, backend {self.backend}", "", str(self.certificates), ""]
-        stored = [row for row in self.saved if row.nbytes]
-        lines.append(f"saved between forward and backward: {self.saved_bytes:,} bytes in {len(stored)} tensors")
-        lines += [
-            f"  {row.nbytes:>12,}  {row.type:<24} {row.operator:<28} {row.module or row.block} ({row.kind})"
-            for row in sorted(stored, key=lambda r: -r.nbytes)[:20]
-        ]
-        if len(stored) > 20:
-            lines.append(f"  ... and {len(stored) - 20} more")
+        lines += _values("saved between forward and backward", self.saved)
+        if self.held:
+            lines += ["", *_values("held between the two stages of the backward", self.held)]
+        if self.not_split:
+            lines += ["", "not split", *(f"  {reason}" for reason in self.not_split)]
         lines += ["", "passes"]
         for record in self.passes:
             change = f"{record.nodes_before} -> {record.nodes_after} nodes" if record.modified else "nothing to do"
@@ -73,11 +81,22 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
+def _values(title: str, rows: tuple[SavedRow, ...]) -> list[str]:
+    stored = [row for row in rows if row.nbytes]
+    lines = [f"{title}: {sum(row.nbytes for row in stored):,} bytes in {len(stored)} tensors"]
+    lines += [
+        f"  {row.nbytes:>12,}  {row.type:<24} {row.operator:<28} {row.module or row.block} ({row.kind})"
+        for row in sorted(stored, key=lambda r: -r.nbytes)[:20]
+    ]
+    return lines + ([f"  ... and {len(stored) - 20} more"] if len(stored) > 20 else [])
+
+
 def summarise(program: Program, rule: str, backend: str) -> Report:
     """The report of a program."""
     part = program.partition
     names = Names(part.graph)
-    rows = [_row(one, names) for one in part.saved]
+    rows = [_row(one.node, one.nbytes, names, carried=one.carried) for one in part.saved]
+    held = [_row(one.node, one.nbytes, names, handed=one.saved < 0) for one in part.held]
     operators = sum(1 for n in part.graph.nodes if n.op == "call_function")
     return Report(
         rule,
@@ -88,19 +107,21 @@ def summarise(program: Program, rule: str, backend: str) -> Report:
         {backend: operators},
         tuple(program.guard_text),
         tuple(program.operator.log.entries),
+        tuple(held),
     )
 
 
-def _row(one: Saved, names: Names) -> SavedRow:
-    own = info(one.node)
+def _row(node: fx.Node, nbytes: int, names: Names, *, carried: bool = False, handed: bool = False) -> SavedRow:
+    own = info(node)
+    is_input = node.op == "placeholder"
     return SavedRow(
-        names[one.node],
+        names[node],
         own.module,
         own.block,
-        str(own.spec) if one.is_input else operator_name(_operator(one.node)),
-        names.type(value(one.node)),
-        one.nbytes,
-        _kind(one.is_input, one.carried, one.nbytes),
+        str(own.spec) if is_input else operator_name(_operator(node)),
+        names.type(value(node)),
+        nbytes,
+        "cotangent" if handed and nbytes else _kind(is_input, carried, nbytes),
     )
 
 
