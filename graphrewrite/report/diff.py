@@ -414,7 +414,7 @@ def grouped(changes: Iterable[Change]) -> dict[tuple[str, str], list[Change]]:
     return groups
 
 
-# --- before and after passes -------------------------------------------------------------------------------------------
+# --- before and after passes -----------------------------------------------------------------------------------------
 
 
 class Snapshots(Observer):

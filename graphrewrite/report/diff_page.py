@@ -19,7 +19,8 @@ AROUND = 2
 
 _STYLE = """
 body { max-width: none }
-.diff { --removed: #fbe3e4; --added: #dff3e4; --rerouted: #fbf0cf; --moved: #e2ecf8; font: 12px ui-monospace, monospace }
+.diff { --removed: #fbe3e4; --added: #dff3e4; --rerouted: #fbf0cf; --moved: #e2ecf8 }
+.diff { font: 12px ui-monospace, monospace }
 @media (prefers-color-scheme: dark) {
   .diff { --removed: #4b1f24; --added: #1c3f2a; --rerouted: #4a3d12; --moved: #1f3450 }
 }
@@ -40,6 +41,7 @@ def diff_page(title: str, diff: Diff) -> str:
     old, new = diff.sides
     style = importlib.resources.files("graphrewrite.report").joinpath("page.css").read_text(encoding="utf-8")
     changed = sum(bool(block.changes) for block in diff.blocks)
+    code = [f"<code>{escape(side)}</code>" for side in (old, new)]
     totals = ", ".join(f"{diff.total(kind)} {kind}" for kind in ("removed", "rerouted", "added", "moved"))
     return "\n".join(
         [
@@ -47,8 +49,7 @@ def diff_page(title: str, diff: Diff) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}: {escape(old)}, {escape(new)}</title><style>{style}{_STYLE}</style></head><body>",
             f"<h1>{escape(title)}</h1>",
-            f"<p>{totals}; {_numbers(diff.flops, diff.saved_bytes)}. Left: <code>{escape(old)}</code>; "
-            f"right: <code>{escape(new)}</code>.</p>",
+            f"<p>{totals}; {_numbers(diff.flops, diff.saved_bytes)}. Left: {code[0]}; right: {code[1]}.</p>",
             '<div class="diff">',
             *[_block(block, opened=bool(block.changes) and changed <= OPEN) for block in diff.blocks],
             "</div></body></html>\n",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from graphrewrite.analysis.certificates import Certificates, certify
-from graphrewrite.graph.nodes import info, value
-from graphrewrite.graph.partition import Saved
+from graphrewrite.graph.aliasing import base_of
+from graphrewrite.graph.nodes import info, is_getitem, value
+from graphrewrite.graph.partition import Partition, Saved
 from graphrewrite.graph.text import Names, operator_name
 from graphrewrite.pipeline import PassRecord
 from graphrewrite.runtime.program import Program
@@ -26,6 +27,8 @@ class SavedRow:
         type: dtype and shape.
         nbytes: Bytes at the example's sizes; 0 for inputs, parameters and sizes, which are referenced.
         kind: `"activation"`, `"input"` (an input, parameter or buffer), `"gradient"` (computed early) or `"size"`.
+        born: The operator that computes it, counted in the order in which they run (as `schedule` does).
+        dies: The last operator that reads it.
     """
 
     name: str
@@ -35,6 +38,8 @@ class SavedRow:
     type: str
     nbytes: int
     kind: str
+    born: int = 0
+    dies: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def summarise(program: Program, rule: str, backend: str) -> Report:
     """The report of a program."""
     part = program.partition
     names = Names(part.graph)
-    rows = [_row(one, names) for one in part.saved]
+    born, dies = _lifetimes(part)
+    rows = [_row(one, names, born, dies) for one in part.saved]
     operators = sum(1 for n in part.graph.nodes if n.op == "call_function")
     return Report(
         rule,
@@ -91,7 +97,23 @@ def summarise(program: Program, rule: str, backend: str) -> Report:
     )
 
 
-def _row(one: Saved, names: Names) -> SavedRow:
+def _lifetimes(part: Partition) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    """For the owners of memory: the operators that compute them, and the last ones that read them."""
+    born: dict[fx.Node, int] = {}
+    dies: dict[fx.Node, int] = {}
+    step = -1
+    for node in (n for nodes in part.order.values() for n in nodes):
+        step += not is_getitem(node)
+        born[node] = step
+        for source in node.all_input_nodes:
+            dies[base_of(source)] = step
+    for one in part.graph.outputs.values():
+        # what is returned stays to the end
+        dies[base_of(one)] = max(step, 0)
+    return born, dies
+
+
+def _row(one: Saved, names: Names, born: dict[fx.Node, int], dies: dict[fx.Node, int]) -> SavedRow:
     own = info(one.node)
     return SavedRow(
         names[one.node],
@@ -101,6 +123,8 @@ def _row(one: Saved, names: Names) -> SavedRow:
         names.type(value(one.node)),
         one.nbytes,
         _kind(one.is_input, one.carried, one.nbytes),
+        born.get(one.node, 0),
+        dies.get(base_of(one.node), 0),
     )
 
 
