@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import keyword
 import logging
 import re
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.fx.graph as fx_graph
 import torch.fx.traceback as fx_traceback
 import torch.utils.checkpoint as torch_checkpoint
 from torch._decomp import get_decompositions
@@ -50,6 +52,7 @@ __all__ = [
     "inductor_code",
     "inductor_decompositions",
     "keep_random",
+    "keyword_attributes",
     "make_fx",
     "native_kernels",
     "patched_checkpoint",
@@ -318,6 +321,24 @@ def eager_branches() -> Iterator[None]:
         yield
     finally:
         torch.compiler.is_exporting = original
+
+
+@contextlib.contextmanager
+def keyword_attributes() -> Iterator[None]:
+    """Let modules and parameters be named as Python keywords (`ModuleDict({"in": ...})`): torch writes `self.in`."""
+    original = fx_graph._format_target
+
+    def formatted(base: str, target: str) -> str:
+        for part in target.split("."):
+            plain = part.isidentifier() and not keyword.iskeyword(part)
+            base = f"{base}.{part}" if plain else f"getattr({base}, {part!r})"
+        return base
+
+    fx_graph._format_target = formatted
+    try:
+        yield
+    finally:
+        fx_graph._format_target = original
 
 
 @contextlib.contextmanager
