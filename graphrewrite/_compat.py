@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     SYMPY_INTERP,
     GuardOnDataDependentSymNode,
+    PropagateUnbackedSymInts,
     ShapeEnv,
     free_unbacked_symbols,
     statically_known_true,
@@ -61,7 +62,9 @@ __all__ = [
     "preserve_annotations",
     "quiet_export",
     "recurrent_decompositions",
+    "register_dynamo_backend",
     "release_saved",
+    "rerun",
     "set_grad_wrapper",
     "statically_known_true",
     "traced_graph",
@@ -263,6 +266,11 @@ def keep_random() -> contextlib.AbstractContextManager[Any]:
     return patched
 
 
+def rerun(module: torch.fx.GraphModule, values: Sequence[Any]) -> Any:
+    """Run a graph module node by node on fake values; sizes that depend on data stay the symbols they are in it."""
+    return PropagateUnbackedSymInts(module).run(*values)
+
+
 def inductor_decompositions(settings: dict[str, Any]) -> dict[Any, Any]:
     """The operators that Inductor wants decomposed under these settings; random ones stay what they are in eager."""
     import torch._inductor.lowering  # some decompositions look into it
@@ -310,6 +318,15 @@ def inductor_code(
             module, inputs, static_input_idxs=(), is_backward=is_backward
         )
     return code
+
+
+def register_dynamo_backend(name: str, compiler: Callable[..., Any]) -> None:
+    """Let `torch.compile(backend=name)` call a function; nothing happens if the name is taken by it already."""
+    from torch._dynamo.backends import registry
+
+    if registry._COMPILER_FNS.get(name) is not compiler:
+        registry._COMPILER_FNS.pop(name, None)
+        registry.register_backend(compiler, name=name)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from graphrewrite.analysis.blocks import Blocks
 from graphrewrite.compiler import Options, Verification
 from graphrewrite.errors import GraphRewriteError
 from graphrewrite.objective import default_loss as default_loss
+from graphrewrite.passes.compression.compress_saved import split_compress
 from graphrewrite.pipeline import Pass, build_pass
 from graphrewrite.registry import find
-from graphrewrite.passes.compression.compress_saved import split_compress
 from graphrewrite.rule import RuleMap, RuleSpec
 from graphrewrite.runtime.module import CompiledModule
 
@@ -29,6 +29,7 @@ def compile(
     blocks: Blocks = "auto",
     compress: Any = None,
     backend: str = "eager",
+    fallback: Literal["eager"] | None = None,
     passes: Sequence[Pass | str] = (),
     split_backward: bool = False,
     dynamic: Any = "auto",
@@ -46,7 +47,9 @@ def compile(
         blocks: `"auto"`, `"layers"`, or a list of module-path globs.
         compress: How saved values are stored: a codec's name (`"int4"`), text form (`"int4{group=64}"`) or object, a
             list of them (the first that accepts a value wins), or `{module glob: any of these}`.
-        backend: `"eager"`.
+        backend: `"eager"`, `"inductor"` (compiled once for all sizes), `"triton"` (our kernels where their checker
+            accepts, eager elsewhere), or a registered name. `report().coverage` says what runs each node.
+        fallback: `"eager"`: what runs a graph that the backend cannot; None: that is a `BackendError`.
         passes: Extra passes; each declares `level`.
         split_backward: Two-stage backward: `.backward()` computes the inputs' gradients and what cannot wait,
             `backward_weight()` the weight gradients.
@@ -64,12 +67,15 @@ def compile(
     if verify not in ("off", "structure", "numeric"):
         raise GraphRewriteError(f"verify={verify!r} is unknown", remedy="use 'off', 'structure' or 'numeric'")
     find("backend", backend)
+    if fallback not in (None, "eager"):
+        raise GraphRewriteError(f"fallback={fallback!r} is unknown", remedy="use 'eager' or None")
     approximations, codecs = split_compress(compress)
     options = Options(
         rules=RuleMap.of(rule),
         loss=loss or default_loss,
         blocks=blocks if isinstance(blocks, str) else tuple(blocks),
         backend=backend,
+        fallback=fallback,
         passes=(*approximations, *(build_pass(p) for p in passes)),
         compress=codecs,
         dynamic=dynamic,

@@ -14,6 +14,7 @@ from torch import nn
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.analysis.sparsity import tap_zeros
+from graphrewrite.backends import Run, Taken
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
@@ -22,7 +23,7 @@ from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, Tap, UserInput, info
-from graphrewrite.graph.partition import partition
+from graphrewrite.graph.partition import Partition, partition
 from graphrewrite.graph.verify import has_random, verify
 from graphrewrite.inputs import Inputs
 from graphrewrite.pipeline import Callback, Pass, PassEvent, PassManager, PassRecord
@@ -54,6 +55,7 @@ class Options:
     loss: Callable[[Any, Any], torch.Tensor]
     blocks: Blocks = "auto"
     backend: str = "eager"
+    fallback: Literal["eager"] | None = None
     passes: tuple[Pass, ...] = ()
     compress: Pass | None = None
     dynamic: Any = "auto"
@@ -141,7 +143,7 @@ def build_program(
     if split:
         graph = pipeline.run([textform.build("pass", "split_backward")], graph)
     part = partition(graph)
-    forward, backward, *weight = registry.find("backend", options.backend)(part)
+    forward, backward, *weight = _lower(part, options)
     if part.backward_weight is not None and not weight:
         raise BackendError(
             f"backend {options.backend!r} lowers no weight stage",
@@ -169,6 +171,18 @@ def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, tar
     assign_blocks(captured.graph, model, options.blocks)
     options.rules.assign(captured.graph)
     return captured
+
+
+def _lower(part: Partition, options: Options) -> Sequence[Run]:
+    """The stages as callables; by eager, with the reason in the report, where the backend cannot and it is allowed."""
+    try:
+        return registry.find("backend", options.backend)(part)  # type: ignore[no-any-return]
+    except BackendError as error:
+        if options.fallback is None:
+            raise
+        taken = Taken("eager", reason=error.message)
+        part.coverage = {node: taken for node in part.graph.nodes if node.op == "call_function"}
+        return registry.find("backend", options.fallback)(part)  # type: ignore[no-any-return]
 
 
 def _wants_gradient(spec: Any, inputs: Inputs) -> bool:

@@ -33,6 +33,7 @@ from graphrewrite.graph.nodes import (
 from graphrewrite.graph.ordering import cheapest_order
 
 if TYPE_CHECKING:
+    from graphrewrite.backends import Taken
     from graphrewrite.graph.joint import JointGraph
 
 Stage = Literal["forward", "backward", "weight"]
@@ -97,6 +98,8 @@ class Partition:
     backward_weight: fx.GraphModule | None = None
     held: list[Held] = field(default_factory=list)
     backward_weight_outputs: list[OutputSpec] = field(default_factory=list)
+    coverage: dict[fx.Node, Taken] = field(default_factory=dict)
+    """What runs each node; written by the backend. Nodes that are missing are run by the backend that was asked for."""
 
     @property
     def modules(self) -> list[fx.GraphModule]:
@@ -261,44 +264,66 @@ def _carried(wanted: Sequence[fx.Node], backward: Sequence[fx.Node], held: set[f
     return found
 
 
-def save_sizes(part: Partition, symbols: Iterable[Any]) -> None:
-    """Let the backward know the sizes that these symbols stand for, for backends whose code needs each by itself.
+def save_sizes(part: Partition, symbols: Iterable[Any], stage: Stage) -> None:
+    """Let a later stage know the sizes that these symbols stand for, for backends whose code needs each by itself.
 
     Raises:
-        BackendError: No input of the forward tells one of them.
+        BackendError: No value of the forward tells one of them.
     """
+    module = part.backward if stage == "backward" else part.backward_weight
+    assert module is not None
     for symbol in symbols:
-        node = _size_of_input(part, symbol)
+        node = _size_of(part, symbol)
         part.stages[node] = "forward"
         part.order["forward"].append(node)
-        part.saved.append(Saved(node, False, 0))
-        forward = part.forward.graph
-        inputs = {n.name: n for n in forward.nodes if n.op == "placeholder"}
-        output = forward.output_node()
-        with forward.inserting_before(output):
-            size = forward.node_copy(node, lambda n, inputs=inputs: inputs[n.name])
-        size.meta = {**node.meta, "aten": node}
-        output.args = ((*output.args[0], size),)  # type: ignore[misc]
-        backward = part.backward.graph
-        tangents = [n for n in backward.nodes if n.op == "placeholder"][len(part.saved) - 1 :]
-        others = (n for n in backward.nodes if n.op != "placeholder")
-        with backward.inserting_before(tangents[0] if tangents else next(others)):
-            fed = backward.placeholder(node.name)
-        fed.meta = dict(node.meta)
+        # the backward reads the first of the saved values, the weight stage any of them
+        position = part.read_by_backward if stage == "backward" else len(part.saved)
+        part.saved.insert(position, Saved(node, False, 0))
+        part.held = [
+            Held(one.node, one.saved + 1 if one.saved >= position else one.saved, one.nbytes) for one in part.held
+        ]
+        _append_result(part.forward, node, part.result_count + position)
+        if stage == "backward":
+            _insert_input(module, node, position)
+            part.read_by_backward += 1
+        else:
+            _insert_input(module, node, len(part.held))
+            part.held.append(Held(node, position, 0))
     part.forward.recompile()
-    part.backward.recompile()
+    module.recompile()
 
 
-def _size_of_input(part: Partition, symbol: Any) -> fx.Node:
-    for node in part.graph.nodes:
-        if node.op != "placeholder" or spec_of(node) not in part.forward_inputs:
-            continue
+def _append_result(module: fx.GraphModule, node: fx.Node, position: int) -> None:
+    graph = module.graph
+    made = {n.meta.get("aten", n.name): n for n in graph.nodes}
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        size = graph.node_copy(node, lambda n: made.get(n) or made[n.name])
+    size.meta = {**node.meta, "aten": node}
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    results.insert(position, size)
+    output.args = (tuple(results),)
+
+
+def _insert_input(module: fx.GraphModule, node: fx.Node, position: int) -> None:
+    graph = module.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    before = inputs[position] if position < len(inputs) else next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(before):
+        fed = graph.placeholder(node.name)
+    fed.meta = dict(node.meta)
+
+
+def _size_of(part: Partition, symbol: Any) -> fx.Node:
+    """A node that computes one size, from an input of the forward or, if it depends on data, from a value of it."""
+    fed = [n for n in part.graph.nodes if n.op == "placeholder" and spec_of(n) in part.forward_inputs]
+    for node in [*fed, *part.order["forward"]]:
         for dim, size in enumerate(getattr(value(node), "shape", ())):
             if isinstance(size, torch.SymInt) and size.node.expr == symbol:
                 like = NodeInfo(role=Role.FORWARD)
                 return part.graph.emit(torch.ops.aten.sym_size.int, (node, dim), like=like, val=size)
     raise BackendError(
-        f"the backward needs the size {symbol}, which is no dimension of an input",
+        f"a later stage needs the size {symbol}, which is no dimension of a value of the forward",
         remedy="compile with dynamic=None, or with backend='eager'",
     )
 
