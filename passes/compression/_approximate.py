@@ -15,7 +15,7 @@ from graphrewrite.passes.compression.tables import Table
 from torch import fx
 
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Role, info, value
+from graphrewrite.graph.nodes import Constant, Role, info, value
 from graphrewrite.pipeline import Pass, PassResult
 from graphrewrite.rule import select
 
@@ -99,10 +99,14 @@ def encode(table: Table, x: torch.Tensor) -> torch.Tensor:
 
 
 def _levels(graph: JointGraph, table: Table, like: torch.Tensor) -> fx.Node:
-    """The levels as a constant of the graph, one for all operators that share them."""
-    held = torch.tensor(table.levels, dtype=like.dtype, device=like.device)
+    return shared_constant(graph, torch.tensor(table.levels, dtype=like.dtype, device=like.device), "levels")
+
+
+def shared_constant(graph: JointGraph, tensor: torch.Tensor, name: str) -> fx.Node:
+    """A constant of the graph, one for all that read the same numbers."""
     for spec, node in graph.inputs.items():
-        known = graph.constants.get(getattr(spec, "name", ""))
-        if known is not None and known.dtype == held.dtype and known.device == held.device and torch.equal(known, held):
-            return node
-    return graph.constant(held, "levels")
+        known = graph.constants.get(spec.name) if isinstance(spec, Constant) else None
+        if known is not None and known.dtype == tensor.dtype and known.device == tensor.device:
+            if torch.equal(known, tensor):
+                return node
+    return graph.constant(tensor, name)
