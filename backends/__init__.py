@@ -13,4 +13,5 @@ Run = Callable[[list[Any]], Sequence[Any]]
 
 REGISTRY = {
     "eager": "graphrewrite.backends.eager:lower",
+    "inductor": "graphrewrite.backends.inductor:lower",
 }

@@ -42,10 +42,13 @@ __all__ = [
     "below_autograd",
     "boxed",
     "compile_guards",
+    "cpp_compiler",
     "eager_branches",
     "enable_python_dispatcher",
     "free_unbacked_symbols",
     "functorch_wrapped",
+    "inductor_code",
+    "inductor_decompositions",
     "keep_random",
     "make_fx",
     "native_kernels",
@@ -58,6 +61,7 @@ __all__ = [
     "set_grad_wrapper",
     "statically_known_true",
     "traced_graph",
+    "unreduced_losses",
 ]
 
 CustomApply = Callable[..., Any]
@@ -174,6 +178,22 @@ def _python_decompositions() -> list[tuple[Any, dict[Any, Any]]]:
     return found
 
 
+@contextlib.contextmanager
+def unreduced_losses() -> Iterator[None]:
+    """Let `cross_entropy(reduction="none")` have its shape while it is traced.
+
+    For sizes that are symbols torch takes the shape of `nll_loss` from a Python form of it that has other arguments in
+    the operator's places, and finds a scalar.
+    """
+    table, op = torch._decomp.decomposition_table, torch.ops.aten.nll_loss.default
+    misread = table.pop(op, None)
+    try:
+        yield
+    finally:
+        if misread is not None:
+            table[op] = misread
+
+
 class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a function
     """Let traced operators be those that eager mode runs.
 
@@ -205,6 +225,55 @@ def keep_random() -> contextlib.AbstractContextManager[Any]:
 
     patched: contextlib.AbstractContextManager[Any] = config.patch(fallback_random=True)
     return patched
+
+
+def inductor_decompositions(settings: dict[str, Any]) -> dict[Any, Any]:
+    """The operators that Inductor wants decomposed under these settings; random ones stay what they are in eager."""
+    import torch._inductor.lowering  # some decompositions look into it
+    from torch._inductor import config, decomposition
+
+    with config.patch(settings):
+        table = decomposition.select_decomp_table()
+    seeded = torch.Tag.nondeterministic_seeded
+    return {op: formula for op, formula in table.items() if seeded not in getattr(op, "tags", ())}
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor uses for the CPU; None if it finds none."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return str(get_cpp_compiler())
+    except exc.InvalidCxxCompiler:
+        return None
+
+
+def inductor_code(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any], *, is_backward: bool
+) -> Callable[[list[Any]], Any]:
+    """Compile a functional graph of decomposed ATen calls with Inductor, for the symbolic sizes of its inputs.
+
+    Args:
+        module: Returns a tuple; its results get the strides that they have in the graph.
+        inputs: Fake tensors and sizes, one per placeholder.
+        settings: Of `torch._inductor.config`.
+        is_backward: Which of the two heuristics of Inductor's scheduler to use.
+
+    Returns:
+        A function of one list, which it empties.
+    """
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor import compile_fx, config
+
+    (output,) = module.graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    with torch.no_grad(), config.patch(settings), tracing(TracingContext(detect_fake_mode(inputs))):
+        module = compile_fx._recursive_joint_graph_passes(module)
+        code: Callable[[list[Any]], Any] = compile_fx.compile_fx_inner(
+            module, inputs, static_input_idxs=(), is_backward=is_backward
+        )
+    return code
 
 
 @contextlib.contextmanager

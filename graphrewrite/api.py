@@ -14,6 +14,7 @@ from graphrewrite.errors import GraphRewriteError
 from graphrewrite.objective import default_loss as default_loss
 from graphrewrite.pipeline import Pass, build_pass
 from graphrewrite.registry import find
+from graphrewrite.passes.compression.compress_saved import split_compress
 from graphrewrite.rule import RuleMap, RuleSpec
 from graphrewrite.runtime.module import CompiledModule
 
@@ -26,6 +27,7 @@ def compile(
     example_targets: Any = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     blocks: Blocks = "auto",
+    compress: Any = None,
     backend: str = "eager",
     passes: Sequence[Pass | str] = (),
     dynamic: Any = "auto",
@@ -41,6 +43,8 @@ def compile(
         example_targets: What `loss` will receive as targets.
         loss: `loss(outputs, targets) -> scalar`; default: `default_loss`.
         blocks: `"auto"`, `"layers"`, or a list of module-path globs.
+        compress: How saved values are stored: a codec's name (`"int4"`), text form (`"int4{group=64}"`) or object, a
+            list of them (the first that accepts a value wins), or `{module glob: any of these}`.
         backend: `"eager"`.
         passes: Extra passes; each declares `level`.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
@@ -57,12 +61,14 @@ def compile(
     if verify not in ("off", "structure", "numeric"):
         raise GraphRewriteError(f"verify={verify!r} is unknown", remedy="use 'off', 'structure' or 'numeric'")
     find("backend", backend)
+    approximations, codecs = split_compress(compress)
     options = Options(
         rules=RuleMap.of(rule),
         loss=loss or default_loss,
         blocks=blocks if isinstance(blocks, str) else tuple(blocks),
         backend=backend,
-        passes=tuple(build_pass(p) for p in passes),
+        passes=(*approximations, *(build_pass(p) for p in passes)),
+        compress=codecs,
         dynamic=dynamic,
         verify=verify,
         seed=seed,

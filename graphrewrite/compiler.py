@@ -13,6 +13,7 @@ from torch import nn
 
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
+from graphrewrite.analysis.sparsity import tap_zeros
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import VerifyError
 from graphrewrite.graph.core import NO_RULE
@@ -20,7 +21,7 @@ from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Grad, StateUpdate, UserInput, info
+from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, Tap, UserInput, info
 from graphrewrite.graph.partition import partition
 from graphrewrite.graph.verify import has_random, verify
 from graphrewrite.inputs import Inputs
@@ -29,9 +30,10 @@ from graphrewrite.rule import RuleMap
 from graphrewrite.runtime.program import Program
 from graphrewrite.runtime.signature import make_guards
 
-Kind = Literal["forward", "loss", "evaluate", "predict", "feedback"]
+Kind = Literal["forward", "loss", "evaluate", "predict", "feedback", "answers", "sparsity"]
 """`forward`: the model's outputs, with a backward; `loss`: the rule's loss, with a backward; `evaluate`: the same
-loss without one; `predict`: the rule's own forward; `feedback`: the phase in which feedback weights learn."""
+loss without one; `predict`: the rule's own forward; `feedback`: the phase in which feedback weights learn; `answers`:
+what each block answers alone; `sparsity`: the share of zeros in what each block hands on."""
 
 Verification = Literal["off", "structure", "numeric"]
 
@@ -53,6 +55,7 @@ class Options:
     blocks: Blocks = "auto"
     backend: str = "eager"
     passes: tuple[Pass, ...] = ()
+    compress: Pass | None = None
     dynamic: Any = "auto"
     verify: Verification = "structure"
     seed: int = 0
@@ -88,24 +91,34 @@ def build_program(
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
     graph.current_pass = "differentiate"
-    differentiate(graph, seeded=kind not in ("predict", "feedback"))
+    differentiate(graph, seeded=kind in ("forward", "loss", "evaluate"))
     pipeline.stage("differentiate", graph)
     operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
     graph = pipeline.run([p for p in operator_passes if p.before_rules], graph)
     for key, rule in rules:
-        if kind == "predict":
-            graph.current_rule, graph.current_pass = key, rule.name
-            rule.rewrite_forward(graph)
-        elif kind == "feedback":
-            graph.current_rule, graph.current_pass = key, rule.name
-            rule.rewrite_feedback(graph)
-        else:
+        if kind in ("forward", "loss", "evaluate"):
             graph = pipeline.run([rule], graph, rule_key=key)
+            continue
+        graph.current_rule, graph.current_pass = key, rule.name
+        if kind == "feedback":
+            rule.rewrite_feedback(graph)
+        elif kind == "answers":
+            for block, node in rule.block_answers(graph).items():
+                graph.tap(node, block)
+        else:
+            rule.rewrite_forward(graph)
     if kind == "feedback":
-        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, StateUpdate)})
+        kept = (StateUpdate, ParameterUpdate)
+        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, kept)})
+    elif kind in ("answers", "sparsity"):
+        if kind == "sparsity":
+            graph.prune()
+            tap_zeros(graph)
+        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, Tap)})
+        graph.sort()
     graph.prune(impure=kind == "feedback")
     graph = pipeline.run([p for p in operator_passes if not p.before_rules], graph)
-    if kind in ("evaluate", "predict"):
+    if kind not in ("forward", "loss", "feedback"):
         graph.remove_outputs(Grad, StateUpdate)
         graph.prune()
     operator = graph
@@ -116,6 +129,8 @@ def build_program(
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
     extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
+    if options.compress is not None and kind in ("forward", "loss"):
+        extra.append(options.compress)
     if extra:
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
     part = partition(graph)

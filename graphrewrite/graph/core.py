@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import fx
 
-from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels
+from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, unreduced_losses
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import base_of, written_bases
 from graphrewrite.graph.nodes import (
@@ -41,6 +41,7 @@ from graphrewrite.graph.nodes import (
 from graphrewrite.graph.ops import call_operator, is_impure
 
 if TYPE_CHECKING:
+    from graphrewrite.graph.codec import Treatment
     from graphrewrite.graph.differentiate import Backward
 
 Level = Literal["forward", "operator", "aten"]
@@ -129,6 +130,8 @@ class GraphCore:
         self.backward: Backward | None = None
         self.context = Context()
         self.log = Log()
+        self.treatments: list[Treatment] = []
+        """What compression did to the values that the backward reads."""
         self.current_pass = "capture"
         self.streams = 0
         """How many random streams are in use; see `stream()`."""
@@ -220,6 +223,7 @@ class GraphCore:
             shape_env.ignore_fresh_unbacked_symbols() if forget else contextlib.nullcontext(),  # type: ignore[union-attr]
             self.fake_mode,
             native_kernels(),
+            unreduced_losses(),
             enable_python_dispatcher(),
             torch.amp.autocast("cpu", enabled=False),
             torch.amp.autocast("cuda", enabled=False),
@@ -396,7 +400,7 @@ class GraphCore:
             else:
                 self._refuse_mutation(node)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-                node_info = like(node) if callable(like) else like
+                node_info = node.meta.get("gr") or (like(node) if callable(like) else like)
                 env[node] = self.emit(
                     node.target, args, kwargs, like=node_info, name=node.name, val=node.meta.get("val")
                 )
@@ -545,7 +549,11 @@ class GraphCore:
         for new in env.values():
             if "gr" in new.meta:
                 old = new.meta["gr"]
-                new.meta["gr"] = old.but(mirrors=env.get(old.mirrors), cotangent_of=env.get(old.cotangent_of))
+                new.meta["gr"] = old.but(
+                    mirrors=env.get(old.mirrors),
+                    cotangent_of=env.get(old.cotangent_of),
+                    encodes=env.get(old.encodes),
+                )
         other = type(self)(fx.GraphModule(self.module, graph), level=self.level, fake_mode=self.fake_mode)
         other.blocks = list(self.blocks)
         other.leaves = {env[n]: None for n in self.leaves}
@@ -555,6 +563,7 @@ class GraphCore:
         other.aliases = dict(self.aliases)
         other.context = self.context
         other.log = Log(list(self.log.entries))
+        other.treatments = list(self.treatments)
         other.current_pass = self.current_pass
         other.streams = self.streams
         other.passes = list(self.passes)

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
+from graphrewrite.errors import BackendError
 from graphrewrite.graph.aliasing import base_of, is_view, view_chain
 from graphrewrite.graph.nodes import (
     Grad,
     InputSpec,
+    NodeInfo,
     OutputSpec,
+    Role,
     StateUpdate,
     Tangent,
     info,
@@ -199,6 +202,48 @@ def _carried(wanted: Sequence[fx.Node], backward: Sequence[fx.Node]) -> dict[fx.
         if len(users) == 1 and info(users[0]).scales and node.op != "placeholder" and users[0].args[0] is node:
             found[node] = users[0]
     return found
+
+
+def save_sizes(part: Partition, symbols: Iterable[Any]) -> None:
+    """Let the backward know the sizes that these symbols stand for, for backends whose code needs each by itself.
+
+    Raises:
+        BackendError: No input of the forward tells one of them.
+    """
+    for symbol in symbols:
+        node = _size_of_input(part, symbol)
+        part.stages[node] = "forward"
+        part.order["forward"].append(node)
+        part.saved.append(Saved(node, False, 0))
+        forward = part.forward.graph
+        inputs = {n.name: n for n in forward.nodes if n.op == "placeholder"}
+        output = forward.output_node()
+        with forward.inserting_before(output):
+            size = forward.node_copy(node, lambda n, inputs=inputs: inputs[n.name])
+        size.meta = {**node.meta, "aten": node}
+        output.args = ((*output.args[0], size),)  # type: ignore[misc]
+        backward = part.backward.graph
+        tangents = [n for n in backward.nodes if n.op == "placeholder"][len(part.saved) - 1 :]
+        others = (n for n in backward.nodes if n.op != "placeholder")
+        with backward.inserting_before(tangents[0] if tangents else next(others)):
+            fed = backward.placeholder(node.name)
+        fed.meta = dict(node.meta)
+    part.forward.recompile()
+    part.backward.recompile()
+
+
+def _size_of_input(part: Partition, symbol: Any) -> fx.Node:
+    for node in part.graph.nodes:
+        if node.op != "placeholder" or spec_of(node) not in part.forward_inputs:
+            continue
+        for dim, size in enumerate(getattr(value(node), "shape", ())):
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                like = NodeInfo(role=Role.FORWARD)
+                return part.graph.emit(torch.ops.aten.sym_size.int, (node, dim), like=like, val=size)
+    raise BackendError(
+        f"the backward needs the size {symbol}, which is no dimension of an input",
+        remedy="compile with dynamic=None, or with backend='eager'",
+    )
 
 
 def _inputs(order: Sequence[fx.Node], results: Iterable[fx.Node]) -> list[fx.Node]:

@@ -1,4 +1,4 @@
-"""Small integers in bytes.
+"""Small integers in bytes, and tensors in groups: what all codecs share.
 
 Packing is planar: of `n` codes of `b` bits, with `k = 8 / b` to a byte, byte `i` holds codes `i`, `i + m`, `i + 2m`, ...
 where `m = ceil(n / k)`. Whole slices are shifted and joined, so that packing is a few element-wise operators.
@@ -82,3 +82,43 @@ def pad_end(flat: torch.Tensor, multiple: int) -> torch.Tensor:
     if isinstance(pad, int) and pad == 0:
         return flat
     return torch.cat([flat, flat[-1:].expand(pad)])
+
+
+def to_groups(tensor: torch.Tensor, group: int) -> torch.Tensor:
+    """Rows of `group` elements in row-major order; the last row is filled up with copies of the last element."""
+    flat = tensor.reshape(-1)
+    count = flat.shape[0]
+    rows = (count + group - 1) // group
+    return pad_end(flat, group).view(rows, group)
+
+
+def from_groups(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_groups`, in the shape and dtype of `like`."""
+    flat = rows.reshape(-1)
+    count = like.numel()
+    if not (isinstance(count, int) and isinstance(flat.shape[0], int) and count == flat.shape[0]):
+        flat = flat[:count]
+    return flat.view(like.shape).to(like.dtype)
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a group's scale and minimum are stored in: 16 bits with the range of float32; 32 bits for float64."""
+    return torch.float32 if dtype == torch.float64 else torch.bfloat16
+
+
+def round_up(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In a narrower dtype, never smaller."""
+    near = numbers.to(dtype)
+    slack = 2 * torch.finfo(dtype).eps
+    above = (numbers + numbers.abs() * slack).to(dtype)
+    return torch.where(near.to(numbers.dtype) >= numbers, near, above)
+
+
+def round_down(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In a narrower dtype, never larger."""
+    return -round_up(-numbers, dtype)

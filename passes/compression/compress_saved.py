@@ -1,0 +1,206 @@
+"""The one pass that stores saved values in another form: `gr.compile(compress=...)`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from graphrewrite import textform
+from graphrewrite.analysis.demands import Demand, SavedValue, saved_values
+from graphrewrite.errors import RuleError
+from graphrewrite.graph.codec import Codec, Declined, SavedCodec, Treatment, inside
+from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.nodes import hint, info, nbytes, producer, value
+from graphrewrite.graph.text import Names, operator_name
+from graphrewrite.pipeline import Pass, PassResult
+
+CodecSpec = str | Codec | type
+
+
+@dataclass(frozen=True)
+class CompressSaved(Pass):
+    """Offer every saved value to the codecs in order; the first that accepts it wins.
+
+    Left alone: results of the call, inputs and parameters (they are referenced, not stored), integer indices, and what
+    an operator of the backward needs exactly. Where an operator only compares the value with a constant, it gets its
+    own exact mask, so that no sign ever flips. A value is encoded once, however many operators read it; its views
+    are taken of the decoded value.
+
+    Args:
+        codecs: `(module glob, codecs)` pairs; the first glob that matches the module of a value counts.
+    """
+
+    codecs: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+    name = "compress_saved"
+    level = "aten"
+    summary = "store what the backward reads in the form that codecs give it"
+
+    def requires(self, graph: JointGraph) -> None:
+        """Every glob matches a module."""
+        modules = {info(n).module for n in graph.forward_nodes()}
+        for glob, _ in self.codecs:
+            if not any(inside(module, glob) for module in modules):
+                known = ", ".join(sorted(m for m in modules if m)[:12])
+                raise RuleError(f"the glob {glob!r} of compress= matches no module", remedy=f"modules: {known}")
+
+    def run(self, graph: JointGraph) -> PassResult:
+        """Recompute first, then encode what is saved after that."""
+        offers = [(glob, tuple(build_codec(one) for one in codecs)) for glob, codecs in self.codecs]
+        done: list[Treatment] = []
+        again = self._recompute(graph, offers, done)
+        encoded = 0
+        names = Names(graph)
+        for saved in saved_values(graph):
+            codec, why = self._choose(saved, offers)
+            after = saved.nbytes
+            if codec is not None and codec.how == "encode":
+                after = self.encode(graph, saved, codec)
+                encoded += 1
+            elif codec is None:
+                self.fail(graph, why, saved.node)
+            done.append(treatment(saved, names, "keep" if codec is None else textform.to_text(codec), after, why))
+        if encoded:
+            graph.prune(backward_only=True)
+        graph.treatments = done
+        return PassResult(graph, bool(encoded or again))
+
+    def _choose(self, saved: SavedValue, offers: Sequence[tuple[str, tuple[Codec, ...]]]) -> tuple[Any, str]:
+        """The codec for a value, or None, and the reason."""
+        if saved.closed:
+            return None, saved.closed
+        for glob, codecs in offers:
+            if not inside(saved.module, glob):
+                continue
+            reasons = []
+            for codec in codecs:
+                chosen = fit(codec, saved)
+                if not isinstance(chosen, Declined):
+                    return chosen, f"the first codec that takes it{f' under {glob}' if glob != '*' else ''}"
+                reasons.append(f"{textform.to_text(codec)}: {chosen.reason}")
+            return None, "; ".join(reasons)
+        return None, f"module {saved.module or '(root)'} is under no glob of compress="
+
+    @staticmethod
+    def encode(graph: JointGraph, saved: SavedValue, codec: Codec) -> int:
+        """Splice the codec in, with a mask of its own for operators that compare; returns the bytes saved."""
+        signs = _separate_signs(saved, codec)
+        residuals = []
+        if signs is not None:
+            readers = {one.reader for one in signs[0].readings}
+            residuals += graph.encode_saved(saved.node, signs[1], readers, prune=False)
+        residuals += graph.encode_saved(saved.node, codec, prune=False)
+        return sum(nbytes(value(n)) for n in residuals)
+
+    def _recompute(self, graph: JointGraph, offers: Sequence[tuple[str, tuple[Codec, ...]]], done: list[Any]) -> int:
+        return 0
+
+
+def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
+    """The form of a codec that suits a value, or why there is none; a codec that stores no less is none."""
+    if isinstance(codec, SavedCodec):
+        reason = codec.selects(saved)
+        if reason:
+            return Declined(reason)
+        chosen = codec.fit(saved)
+    else:
+        # a codec without a declaration: floating-point values that may be approximate
+        chosen = codec
+        if not saved.dtype.is_floating_point:
+            chosen = Declined(f"it does not store {str(saved.dtype).removeprefix('torch.')}")
+        elif saved.needed_exactly:
+            chosen = Declined(f"{saved.needed_exactly} needs it exactly")
+    if isinstance(chosen, Declined) or getattr(chosen, "how", "encode") != "encode":
+        return chosen
+    signs = _separate_signs(saved, chosen)
+    if signs is None and not getattr(chosen, "exact", False) and any(r.demand is Demand.SIGN for r in saved.readings):
+        return Declined("operators compare it with different constants")
+    size = stored_bytes(saved, chosen) + (stored_bytes(saved, signs[1]) if signs else 0)
+    if size >= saved.nbytes:
+        return Declined(f"encoded it would take {size:,} bytes, as it is {saved.nbytes:,}")
+    return chosen
+
+
+def _separate_signs(saved: SavedValue, codec: Codec) -> tuple[SavedValue, SavedCodec] | None:
+    """The readers that only compare, and their mask, where the codec is not exact by itself."""
+    if getattr(codec, "exact", False):
+        return None
+    signs = saved.demanding(Demand.SIGN)
+    if not signs.readings:
+        return None
+    mask = build_codec("mask").fit(signs)  # type: ignore[attr-defined]
+    return None if isinstance(mask, Declined) else (signs, mask)
+
+
+def stored_bytes(saved: SavedValue, codec: Codec) -> int:
+    """Bytes of a value's encoding at the example's sizes."""
+    val = value(saved.node)
+    sizes = tuple(hint(value(of).shape[dim]) for of, dim in getattr(codec, "sizes", ()))
+    return _encoded_size(codec, tuple(hint(s) for s in val.shape), val.dtype, sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _encoded_size(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> int:
+    draw = {"draw": lambda size: torch.empty(size, device="meta")} if getattr(codec, "random", False) else {}
+    made: Any = codec.encode(torch.empty(shape, dtype=dtype, device="meta"), *sizes, **draw)
+    return sum(t.numel() * t.element_size() for t in ([made] if isinstance(made, torch.Tensor) else made))
+
+
+def treatment(saved: SavedValue, names: Names, codec: str, after: int, why: str) -> Treatment:
+    """One line of the plan table."""
+    own = info(saved.node)
+    return Treatment(
+        names[saved.node],
+        own.module,
+        own.block,
+        operator_name(producer(saved.node)),
+        names.type(value(saved.node)),
+        saved.nbytes,
+        after,
+        codec,
+        why,
+    )
+
+
+def build_codec(what: Any) -> Codec:
+    """A codec from its name, text form, class or object."""
+    codec = textform.build("codec", what)
+    if not isinstance(codec, Codec):
+        raise RuleError(
+            f"{what!r} is no codec", remedy="pass a registered name, a text form or an object with encode and decode"
+        )
+    return codec
+
+
+def split_compress(compress: Any) -> tuple[list[Pass], CompressSaved | None]:
+    """What `compile(compress=)` accepts: passes that change the backward of operators, and the pass of the codecs.
+
+    Some entries of the codec registry are passes (an approximate derivative stores other residuals from the start).
+    Under a module glob, such a pass gets the glob as its `only`.
+    """
+    if compress is None:
+        return [], None
+    given = compress if isinstance(compress, Mapping) else {"*": compress}
+    passes: list[Pass] = []
+    entries = []
+    for glob, held in given.items():
+        codecs = []
+        for one in held if isinstance(held, (list, tuple)) else [held]:
+            built = textform.build("codec", one)
+            if isinstance(built, Pass):
+                passes.append(built if glob == "*" else _restricted(built, glob))
+            else:
+                codecs.append(build_codec(built))
+        if codecs:
+            entries.append((glob, tuple(codecs)))
+    return passes, CompressSaved(tuple(entries)) if entries else None
+
+
+def _restricted(one: Pass, glob: str) -> Pass:
+    if not hasattr(one, "only"):
+        raise RuleError(f"{one} works on the whole model", remedy=f"give it outside of the map, not under {glob!r}")
+    return replace(one, only=(glob,))  # type: ignore[call-arg]
