@@ -1,4 +1,4 @@
-"""Random sketches S of tall matrices: k rows for N, with E[Sᵀ S] = I, made anew from (seed, step, rank) at every use."""
+"""Random sketches S of tall matrices: k rows for N, E[Sᵀ S] = I, made anew from (seed, step, rank) at every use."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def rademacher(counter: torch.Tensor, stream: int, rows: torch.Tensor, k: Any) -
 
 
 def row_sampling(counter: torch.Tensor, stream: int, rows: torch.Tensor, k: Any) -> torch.Tensor:
-    """k of the rows, without replacement, times √(N/k)."""
-    return rows.index_select(0, _chosen(counter, stream, rows, k)) * _root(rows.shape[0], k)
+    """Of the rows k, without replacement, times √(N/k)."""
+    found: torch.Tensor = rows.index_select(0, _chosen(counter, stream, rows, k)) * _root(rows.shape[0], k)
+    return found
 
 
 def dct(counter: torch.Tensor, stream: int, rows: torch.Tensor, k: Any) -> torch.Tensor:
@@ -50,7 +51,8 @@ def fft(counter: torch.Tensor, stream: int, rows: torch.Tensor, k: Any) -> torch
     spectrum = torch.fft.fft(signed, dim=0, norm="ortho")
     hartley = spectrum.real - spectrum.imag
     chosen = hartley.index_select(0, _chosen(counter, stream, rows, k))
-    return (chosen * _root(rows.shape[0], k)).to(rows.dtype)
+    found: torch.Tensor = (chosen * _root(rows.shape[0], k)).to(rows.dtype)
+    return found
 
 
 SKETCHES: dict[str, Sketch] = {
@@ -68,11 +70,12 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _dense(matrix: torch.Tensor, rows: torch.Tensor, k: Any) -> torch.Tensor:
-    return ((matrix @ rows.to(matrix.dtype)) * _root(1, k)).to(rows.dtype)
+    found: torch.Tensor = ((matrix @ rows.to(matrix.dtype)) * _root(1, k)).to(rows.dtype)
+    return found
 
 
 def _chosen(counter: torch.Tensor, stream: int, rows: torch.Tensor, k: Any) -> torch.Tensor:
-    """k different row numbers, uniformly: the places of the k smallest of N random words."""
+    """Different row numbers, k of them, uniformly: the places of the k smallest of N random words."""
     return random.bits(counter, stream, [rows.shape[0]]).argsort(stable=True)[:k]
 
 

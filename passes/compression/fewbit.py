@@ -8,7 +8,8 @@ from typing import Literal
 
 from graphrewrite.passes.compression._approximate import ApproximateBackward, use_table
 from graphrewrite.passes.compression._regions import Region, find_regions, readers
-from graphrewrite.passes.compression.tables import Table, table
+from graphrewrite.passes.compression._samples import Table
+from graphrewrite.passes.compression.tables import table
 from torch import fx
 
 from graphrewrite.errors import RuleError

@@ -110,7 +110,7 @@ def by_input(
             one.fail(graph, "its weight gradient was replaced already", linear.op)
         else:
             groups.setdefault(base_of(linear.x), []).append(linear)
-    found = []
+    found: list[list[Linear]] = []
     for base, linears in groups.items():
         taken = {linear.op for linear in linears}
         others = [op for op in readers(graph, base) if op not in taken]
