@@ -153,19 +153,20 @@ def derivative_table(samples: Samples, bits: int, *, contiguous: bool = False) -
 
 def _polish(samples: Samples, borders: Array, codes: NDArray[np.int64], pieces: int) -> tuple[Array, Array]:
     """Levels are means and borders midpoints, in turn, until they stay: from a grid to the continuum."""
-    x, slope, mass = samples.x.ravel(), samples.slope.ravel(), samples.mass.ravel()
-    weighted = np.concatenate([[0.0], np.cumsum(mass * slope)])
-    masses = np.concatenate([[0.0], np.cumsum(mass)])
+    x, slope = samples.x.ravel(), samples.slope.ravel()
+    # up to the edges of the fine cells; straight lines in between, so that a border moves the means continuously
+    mass = np.concatenate([[0.0], np.cumsum(samples.mass.sum(1))])
+    moment = np.concatenate([[0.0], np.cumsum((samples.mass * samples.slope).sum(1))])
 
     def means(borders: Array) -> tuple[NDArray[np.int64], Array]:
-        at = np.concatenate([[0], np.searchsorted(x, borders), [len(x)]])
+        at = np.concatenate([samples.edges[:1], borders, samples.edges[-1:]])
         sums, totals = np.zeros(pieces), np.zeros(pieces)
-        np.add.at(sums, codes, np.diff(weighted[at]))
-        np.add.at(totals, codes, np.diff(masses[at]))
-        return at[1:-1], sums / np.where(totals > 0, totals, 1.0)
+        np.add.at(sums, codes, np.diff(np.interp(at, samples.edges, moment)))
+        np.add.at(totals, codes, np.diff(np.interp(at, samples.edges, mass)))
+        return np.searchsorted(x, borders), sums / np.where(totals > 0, totals, 1.0)
 
     at, levels = means(borders)
-    for _ in range(60):
+    for _ in range(200):
         moved = _crossings(x, slope, at, 0.5 * (levels[codes[:-1]] + levels[codes[1:]]))
         if (np.diff(moved) <= 0).any() or np.abs(moved - borders).max(initial=0.0) < 1e-12:
             break
