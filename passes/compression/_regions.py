@@ -75,7 +75,7 @@ def find_regions(graph: JointGraph, *, written_out: bool) -> Iterator[Region]:
         if node in covered or graph.cotangent(node) is None:
             continue
         region = _largest(graph, node, chains.get(node, ()))
-        if region is None and node.target in SCALAR_OPERATORS and len(flat_inputs(node)) == 1:
+        if region is None and len(flat_inputs(node)) == 1 and (node in chains or node.target in SCALAR_OPERATORS):
             region = Region(flat_inputs(node)[0], node, (node,))
         if region is not None:
             covered.update(region.operators)

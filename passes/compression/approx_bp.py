@@ -18,6 +18,7 @@ from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.ops import ACTIVATIONS
 
 aten = torch.ops.aten
 
@@ -79,9 +80,13 @@ class ApproxBP(ApproximateBackward):
         if not all(self.untouched(graph, node) for node in region.operators):
             return False
         if self.constants == "published" and target not in PUBLISHED:
+            if target not in ACTIVATIONS:
+                return False
             self.fail(graph, "no constants are published for it: constants=derived computes them", region.result)
             return False
         kept = None if self.always else kept_anyway(graph, region)
+        if kept == "":
+            return False
         if kept is not None:
             self.fail(graph, kept, region.result)
             return False
@@ -94,6 +99,8 @@ class ApproxBP(ApproximateBackward):
             if self.named(region.result):
                 raise located(error, region.result) from error
             self.fail(graph, error.message, region.result)
+            return False
+        if not found.borders:
             return False
         use_table(graph, region, found)
         return True

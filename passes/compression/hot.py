@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from graphrewrite.passes.compression._approximate import ApproximateBackward, shared_constant
 from graphrewrite.passes.compression._linear import Linear, as_rows
-from graphrewrite.passes.compression._packing import pack, unpack
+from graphrewrite.passes.compression._packing import lengthened, pack, unpack
 from graphrewrite.passes.compression._sketch import work_dtype
 from graphrewrite.passes.compression.randomized_linear import by_input
 from torch import fx
@@ -156,7 +156,7 @@ def low_frequencies(rows: torch.Tensor, matrix: torch.Tensor, rank: int) -> torc
     block = matrix.shape[0]
     count, width = rows.shape
     blocks = (count + block - 1) // block
-    filled = torch.cat([rows.to(matrix.dtype), matrix.new_zeros(blocks * block - count, width)])
+    filled = lengthened(rows.to(matrix.dtype), blocks * block)
     low = torch.matmul(matrix[:rank], filled.view(blocks, block, width))
     return low.reshape(blocks * rank, width)
 

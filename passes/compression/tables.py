@@ -31,6 +31,7 @@ from graphrewrite.errors import RuleError
 Objective = Literal["derivative", "primitive"]
 
 _TABLES: dict[tuple[Any, ...], Table] = {}
+_REFUSED: dict[tuple[Any, ...], RuleError] = {}
 _SAMPLES: dict[tuple[Any, ...], Samples] = {}
 
 
@@ -68,7 +69,14 @@ def table(
     where = (key or fn, bits, weight, objective, contiguous, pinned)
     found = _TABLES.get(where)
     if found is None:
-        samples = _samples(fn, weight, key)
+        if where[:1] + where[2:3] in _REFUSED:
+            raise _REFUSED[where[:1] + where[2:3]]
+        try:
+            samples = _samples(fn, weight, key)
+        except RuleError as error:
+            if key:
+                _REFUSED[key, weight] = error
+            raise
         if objective == "derivative":
             found = derivative_table(samples, bits, contiguous=contiguous)
         else:
