@@ -136,6 +136,9 @@ def stages_of(graph: JointGraph) -> dict[fx.Node, Stage]:
             stages[node] = "backward"
         elif moved:
             stages[node] = moved  # type: ignore[assignment]
+        elif isinstance(value(node), torch.SymInt):
+            # a size of a forward value is taken there: the value is not saved for it
+            stages[node] = "forward"
         else:
             stages[node] = "backward" if is_backward(node) else "forward"
     _sink_views(graph, stages)

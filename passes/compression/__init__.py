@@ -4,10 +4,12 @@ REGISTRY = {
     "approx_bp": "graphrewrite.passes.compression.approx_bp:ApproxBP",
     "bf16": "graphrewrite.passes.compression.bf16:BFloat16",
     "fewbit": "graphrewrite.passes.compression.fewbit:FewBit",
+    "hot": "graphrewrite.passes.compression.hot:HadamardTraining",
     "int2": "graphrewrite.passes.compression.int2:Int2",
     "int4": "graphrewrite.passes.compression.int4:Int4",
     "int8": "graphrewrite.passes.compression.int8:Int8",
     "mask": "graphrewrite.passes.compression.mask:Mask",
     "ms_norm": "graphrewrite.passes.compression.ms_norm:MemorySharingNorm",
     "none": "graphrewrite.passes.compression.none:Keep",
+    "randomized_linear": "graphrewrite.passes.compression.randomized_linear:RandomizedLinear",
 }

@@ -180,7 +180,7 @@ def split_compress(compress: Any) -> tuple[list[Pass], CompressSaved | None]:
     """What `compile(compress=)` accepts: passes that change the backward of operators, and the pass of the codecs.
 
     Some entries of the codec registry are passes (an approximate derivative stores other residuals from the start).
-    Under a module glob, such a pass gets the glob as its `only`.
+    Under a module glob, such a pass gets the glob as its `only`, and the globs before it, which win, as its `skip`.
     """
     if compress is None:
         return [], None
@@ -192,7 +192,7 @@ def split_compress(compress: Any) -> tuple[list[Pass], CompressSaved | None]:
         for one in held if isinstance(held, (list, tuple)) else [held]:
             built = textform.build("codec", one)
             if isinstance(built, Pass):
-                passes.append(built if glob == "*" else _restricted(built, glob))
+                passes.append(_restricted(built, glob, tuple(given)[: list(given).index(glob)]))
             else:
                 codecs.append(build_codec(built))
         if codecs:
@@ -200,7 +200,10 @@ def split_compress(compress: Any) -> tuple[list[Pass], CompressSaved | None]:
     return passes, CompressSaved(tuple(entries)) if entries else None
 
 
-def _restricted(one: Pass, glob: str) -> Pass:
+def _restricted(one: Pass, glob: str, earlier: tuple[str, ...]) -> Pass:
+    if glob == "*" and not earlier:
+        return one
     if not hasattr(one, "only"):
         raise RuleError(f"{one} works on the whole model", remedy=f"give it outside of the map, not under {glob!r}")
-    return replace(one, only=(glob,))  # type: ignore[call-arg]
+    only = one.only if glob == "*" else (glob,)
+    return replace(one, only=only, skip=(*one.skip, *earlier))  # type: ignore[call-arg,attr-defined]
