@@ -12,9 +12,9 @@ from graphrewrite.analysis.blocks import Blocks
 from graphrewrite.compiler import Options, Verification
 from graphrewrite.errors import GraphRewriteError
 from graphrewrite.objective import default_loss as default_loss
+from graphrewrite.passes.compression.compress_saved import split_compress
 from graphrewrite.pipeline import Pass, build_pass
 from graphrewrite.registry import find
-from graphrewrite.passes.compression.compress_saved import split_compress
 from graphrewrite.rule import RuleMap, RuleSpec
 from graphrewrite.runtime.module import CompiledModule
 

@@ -206,9 +206,9 @@ def _data_dependent(graph: JointGraph) -> set[fx.Node]:
         if node.op == "placeholder":
             if not isinstance(spec_of(node), fixed):
                 found.add(node)
-        elif any(s in found and not isinstance(value(s), torch.SymInt) for s in node.all_input_nodes):
-            found.add(node)
-        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        elif any(
+            s in found and not isinstance(value(s), torch.SymInt) for s in node.all_input_nodes
+        ) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             found.add(node)
     return found
 

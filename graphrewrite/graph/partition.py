@@ -16,11 +16,16 @@ from torch import fx
 
 from graphrewrite.graph.aliasing import base_of, is_view, view_chain
 from graphrewrite.graph.nodes import (
+    Buffer,
+    BufferUpdate,
+    Counter,
     Grad,
     InputSpec,
+    InputUpdate,
     OutputSpec,
     StateUpdate,
     Tangent,
+    UserInput,
     info,
     is_backward,
     nbytes,
@@ -42,12 +47,15 @@ class Saved:
     Attributes:
         node: Its node in the ATen-level graph.
         carried: A finished gradient, handed on rather than read: it is given away in the backward.
-        nbytes: Bytes of its elements at the example's sizes; 0 for sizes and for inputs, parameters and buffers.
+        nbytes: Bytes of its elements at the example's sizes; 0 for sizes and for inputs, parameters and buffers that
+            are referenced.
+        copied: An input that the call writes to once it is over: the backward gets a copy.
     """
 
     node: fx.Node
     carried: bool
     nbytes: int
+    copied: bool = False
 
     @property
     def is_input(self) -> bool:
@@ -130,7 +138,8 @@ def partition(graph: JointGraph) -> Partition:
     order = cheapest_order(graph, order, [*forward_outputs.values(), *wanted])
     backward_nodes = cheapest_order(graph, backward_nodes, list(backward_outputs.values()), wanted, descending=True)
     carried = _carried([n for n in wanted if n not in forward_outputs.values()], backward_nodes)
-    saved = [Saved(n, n in carried, 0 if n.op == "placeholder" else nbytes(value(n))) for n in wanted]
+    overwritten = {Buffer(s.name) if isinstance(s, BufferUpdate) else s.index for s in outputs if _overwrites(s)}
+    saved = [_saved(n, n in carried, overwritten) for n in wanted]
     results = list(dict.fromkeys(forward_outputs.values()))
     forward_inputs = _inputs(order, [*results, *wanted])
     tangents = [n for n in graph.nodes if n.op == "placeholder" and isinstance(spec_of(n), Tangent)]
@@ -152,6 +161,19 @@ def partition(graph: JointGraph) -> Partition:
         stages,
         {"forward": order, "backward": backward_nodes},
     )
+
+
+def _overwrites(spec: OutputSpec) -> bool:
+    return isinstance(spec, (BufferUpdate, InputUpdate))
+
+
+def _saved(node: fx.Node, carried: bool, overwritten: set[Any]) -> Saved:
+    spec = spec_of(node)
+    if node.op != "placeholder":
+        return Saved(node, carried, nbytes(value(node)))
+    copied = spec in overwritten or (isinstance(spec, UserInput) and spec.index in overwritten)
+    # the counter is made anew for each call
+    return Saved(node, carried, nbytes(value(node)) if copied or isinstance(spec, Counter) else 0, copied)
 
 
 def _in_forward(spec: OutputSpec, node: fx.Node, stages: dict[fx.Node, Stage]) -> bool:

@@ -2,9 +2,17 @@
 
 REGISTRY = {
     "bf16": "graphrewrite.passes.compression.bf16:BFloat16",
+    "cpu_offload": "graphrewrite.passes.compression.cpu_offload:CpuOffload",
+    "fp16": "graphrewrite.passes.compression.fp16:Float16",
+    "fp8": "graphrewrite.passes.compression.fp8:Float8",
+    "hadamard": "graphrewrite.passes.compression.hadamard:Hadamard",
     "int2": "graphrewrite.passes.compression.int2:Int2",
     "int4": "graphrewrite.passes.compression.int4:Int4",
     "int8": "graphrewrite.passes.compression.int8:Int8",
+    "lowrank": "graphrewrite.passes.compression.lowrank:LowRank",
     "mask": "graphrewrite.passes.compression.mask:Mask",
     "none": "graphrewrite.passes.compression.none:Keep",
+    "recompute": "graphrewrite.passes.compression.recompute:Recompute",
+    "topk": "graphrewrite.passes.compression.topk:TopK",
+    "velora": "graphrewrite.passes.compression.velora:VeLoRA",
 }

@@ -65,7 +65,7 @@ class GroupedInteger(SavedCodec):
     def _levels(self) -> int:
         return 2 ** (self.width - 1) - 1 if self.symmetric else 2**self.width - 1
 
-    def bits(self, dtype: torch.dtype) -> float:
+    def bits_per_element(self, dtype: torch.dtype) -> float:
         """The codes, and the group's share of its scale and minimum."""
         numbers = 1 if self.symmetric else 2
         return self.width + numbers * 8 * scale_dtype(dtype).itemsize / self.group

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphrewrite import textform
 from graphrewrite.analysis.demands import Demand, SavedValue, saved_values
@@ -96,8 +97,56 @@ class CompressSaved(Pass):
         residuals += graph.encode_saved(saved.node, codec, prune=False)
         return sum(nbytes(value(n)) for n in residuals)
 
-    def _recompute(self, graph: JointGraph, offers: Sequence[tuple[str, tuple[Codec, ...]]], done: list[Any]) -> int:
-        return 0
+    @staticmethod
+    def _recompute(graph: JointGraph, offers: Sequence[tuple[str, tuple[Codec, ...]]], done: list[Treatment]) -> int:
+        """Repeat what the `recompute` codecs among the offers choose and no codec before them takes."""
+        recomputing = [(glob, i, codecs) for glob, codecs in offers for i, c in enumerate(codecs) if _recomputes(c)]
+        if not recomputing:
+            return 0
+        before = saved_values(graph)
+        chosen: dict[fx.Node, Codec] = {}
+        for glob, place, codecs in recomputing:
+            taken = {v.node for v in before if any(not isinstance(fit(c, v), Declined) for c in codecs[:place])}
+            nodes = codecs[place].nodes(graph, _price(codecs[place + 1 :]))  # type: ignore[attr-defined]
+            for node in nodes - taken:
+                first = next((g for g, _ in offers if inside(info(node).module, g)), None)
+                if first == glob:
+                    chosen.setdefault(node, codecs[place])
+        names = Names(graph)
+        lines = {v.node: treatment(v, names, "", 0, "") for v in before}
+        repeated = graph.recompute(chosen)
+        left = {v.node for v in saved_values(graph)}
+        for node, line in lines.items():
+            if node not in left:
+                codec = textform.to_text(chosen[node]) if node in chosen else "unread"
+                why = (
+                    "computed again in the backward" if node in chosen else "what read it is computed from other values"
+                )
+                done.append(replace(line, codec=codec, why=why))
+        return repeated
+
+
+def _recomputes(codec: Codec) -> bool:
+    return getattr(codec, "how", "encode") == "recompute"
+
+
+def _price(codecs: Sequence[Codec]) -> Callable[[fx.Node], float]:
+    """Bytes of a value under the smallest of the codecs that may store it."""
+
+    def price(node: fx.Node) -> float:
+        val = value(node)
+        bits = [8.0 * val.element_size()]
+        for codec in codecs:
+            if (
+                isinstance(codec, SavedCodec)
+                and val.dtype in codec.dtypes
+                and val.is_floating_point()
+                and codec.how == "encode"
+            ):
+                bits.append(codec.bits_per_element(val.dtype) if not codec.exact else bits[0])
+        return hint(val.numel()) * min(bits) / 8
+
+    return price
 
 
 def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
@@ -114,7 +163,11 @@ def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
             chosen = Declined(f"it does not store {str(saved.dtype).removeprefix('torch.')}")
         elif saved.needed_exactly:
             chosen = Declined(f"{saved.needed_exactly} needs it exactly")
-    if isinstance(chosen, Declined) or getattr(chosen, "how", "encode") != "encode":
+    if (
+        isinstance(chosen, Declined)
+        or getattr(chosen, "how", "encode") != "encode"
+        or getattr(chosen, "on_host", False)
+    ):
         return chosen
     signs = _separate_signs(saved, chosen)
     if signs is None and not getattr(chosen, "exact", False) and any(r.demand is Demand.SIGN for r in saved.readings):
