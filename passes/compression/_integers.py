@@ -88,9 +88,8 @@ class GroupedInteger(SavedCodec):
         else:
             codes = (codes + draw(list(rows.shape)).to(rows.dtype)).floor()
         if low is None:
-            codes = codes.clamp(-self._levels, self._levels) + self._levels
-        else:
-            codes = codes.clamp(0, self._levels)
+            codes = codes + self._levels
+        codes = codes.clamp(0, self._levels if low is not None else 2 * self._levels)
         packed = pack(codes.to(torch.uint8), self.width)
         return [packed, step] if low is None else [packed, step, low]
 

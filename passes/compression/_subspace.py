@@ -21,9 +21,17 @@ def leading_directions(rows: torch.Tensor, rank: int, steps: int) -> torch.Tenso
     places = torch.arange(width, dtype=rows.dtype, device=rows.device)
     orders = torch.arange(rank, dtype=rows.dtype, device=rows.device)
     basis = torch.cos(math.pi / width * (places[:, None] + 0.5) * orders[None, :])
+    rows = scaled(rows)
     for _ in range(steps):
         basis = orthonormal(rows.t() @ (rows @ basis))
     return basis
+
+
+def scaled(rows: torch.Tensor) -> torch.Tensor:
+    """Divided by the largest magnitude: products of the numbers neither overflow nor vanish."""
+    if rows.numel() == 0:
+        return rows
+    return rows / rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def orthonormal(columns: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from graphrewrite.passes.compression._packing import work_dtype
-from graphrewrite.passes.compression._subspace import leading_directions, project, width_of
+from graphrewrite.passes.compression._subspace import leading_directions, project, scaled, width_of
 
 from graphrewrite.analysis.demands import SavedValue
 from graphrewrite.errors import RuleError
@@ -54,7 +54,7 @@ class VeLoRA(SavedCodec):
         if self.rank > 1:
             basis = leading_directions(rows, self.rank, 2)
         else:
-            mean = rows.sum(0)[:, None]
+            mean = scaled(rows).sum(0)[:, None]
             basis = mean / mean.norm().clamp_min(torch.finfo(rows.dtype).tiny)
         return project(rows, basis, tensor.dtype)
 
