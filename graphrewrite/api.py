@@ -28,6 +28,7 @@ def compile(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     blocks: Blocks = "auto",
     compress: Any = None,
+    memory_budget: float | int | None = None,
     backend: str = "eager",
     passes: Sequence[Pass | str] = (),
     dynamic: Any = "auto",
@@ -45,6 +46,8 @@ def compile(
         blocks: `"auto"`, `"layers"`, or a list of module-path globs.
         compress: How saved values are stored: a codec's name (`"int4"`), text form (`"int4{group=64}"`) or object, a
             list of them (the first that accepts a value wins), or `{module glob: any of these}`.
+        memory_budget: Choose per saved value among the codecs of `compress` (default: mask, recompute, offload, bf16 and
+            integers): a float in (0, 1] is a fraction of backpropagation's saved bytes, an int is bytes.
         backend: `"eager"`.
         passes: Extra passes; each declares `level`.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
@@ -61,7 +64,7 @@ def compile(
     if verify not in ("off", "structure", "numeric"):
         raise GraphRewriteError(f"verify={verify!r} is unknown", remedy="use 'off', 'structure' or 'numeric'")
     find("backend", backend)
-    approximations, codecs = split_compress(compress)
+    approximations, codecs = split_compress(compress, memory_budget)
     options = Options(
         rules=RuleMap.of(rule),
         loss=loss or default_loss,

@@ -169,10 +169,13 @@ def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
         or getattr(chosen, "on_host", False)
     ):
         return chosen
-    signs = _separate_signs(saved, chosen)
-    if signs is None and not getattr(chosen, "exact", False) and any(r.demand is Demand.SIGN for r in saved.readings):
+    if (
+        _separate_signs(saved, chosen) is None
+        and not getattr(chosen, "exact", False)
+        and any(r.demand is Demand.SIGN for r in saved.readings)
+    ):
         return Declined("operators compare it with different constants")
-    size = stored_bytes(saved, chosen) + (stored_bytes(saved, signs[1]) if signs else 0)
+    size = saved_with_signs(saved, chosen)
     if size >= saved.nbytes:
         return Declined(f"encoded it would take {size:,} bytes, as it is {saved.nbytes:,}")
     return chosen
@@ -189,6 +192,12 @@ def _separate_signs(saved: SavedValue, codec: Codec) -> tuple[SavedValue, SavedC
     return None if isinstance(mask, Declined) else (signs, mask)
 
 
+def saved_with_signs(saved: SavedValue, codec: Codec) -> int:
+    """Bytes of a value's encoding, and of the mask for operators that compare it."""
+    signs = _separate_signs(saved, codec)
+    return stored_bytes(saved, codec) + (stored_bytes(saved, signs[1]) if signs else 0)
+
+
 def stored_bytes(saved: SavedValue, codec: Codec) -> int:
     """Bytes of a value's encoding at the example's sizes."""
     val = value(saved.node)
@@ -203,7 +212,9 @@ def _encoded_size(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, size
     return sum(t.numel() * t.element_size() for t in ([made] if isinstance(made, torch.Tensor) else made))
 
 
-def treatment(saved: SavedValue, names: Names, codec: str, after: int, why: str) -> Treatment:
+def treatment(
+    saved: SavedValue, names: Names, codec: str, after: int, why: str, error: float | None = None
+) -> Treatment:
     """One line of the plan table."""
     own = info(saved.node)
     return Treatment(
@@ -216,6 +227,7 @@ def treatment(saved: SavedValue, names: Names, codec: str, after: int, why: str)
         after,
         codec,
         why,
+        error,
     )
 
 
@@ -229,12 +241,24 @@ def build_codec(what: Any) -> Codec:
     return codec
 
 
-def split_compress(compress: Any) -> tuple[list[Pass], CompressSaved | None]:
-    """What `compile(compress=)` accepts: passes that change the backward of operators, and the pass of the codecs.
+def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass], Pass | None]:
+    """What `compile(compress=, memory_budget=)` accepts: passes that change the backward of operators, and the pass of the codecs.
 
     Some entries of the codec registry are passes (an approximate derivative stores other residuals from the start).
     Under a module glob, such a pass gets the glob as its `only`.
     """
+    if memory_budget is not None:
+        from graphrewrite.passes.compression.plan_memory import PlanMemory, check_budget
+
+        check_budget(memory_budget)
+        if isinstance(compress, Mapping):
+            raise RuleError(
+                "a memory budget chooses the codecs by itself", remedy="give compress= as a list to choose from"
+            )
+        passes, menu = split_compress(compress)
+        return passes, PlanMemory(memory_budget, menu.codecs[0][1]) if isinstance(menu, CompressSaved) else PlanMemory(
+            memory_budget
+        )
     if compress is None:
         return [], None
     given = compress if isinstance(compress, Mapping) else {"*": compress}
