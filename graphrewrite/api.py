@@ -28,7 +28,7 @@ def compile(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     blocks: Blocks = "auto",
     compress: Any = None,
-    memory_budget: float | int | None = None,
+    memory_budget: float | None = None,
     backend: str = "eager",
     passes: Sequence[Pass | str] = (),
     dynamic: Any = "auto",
@@ -46,8 +46,8 @@ def compile(
         blocks: `"auto"`, `"layers"`, or a list of module-path globs.
         compress: How saved values are stored: a codec's name (`"int4"`), text form (`"int4{group=64}"`) or object, a
             list of them (the first that accepts a value wins), or `{module glob: any of these}`.
-        memory_budget: Choose per saved value among the codecs of `compress` (default: mask, recompute, offload, bf16 and
-            integers): a float in (0, 1] is a fraction of backpropagation's saved bytes, an int is bytes.
+        memory_budget: Choose per saved value among the codecs of `compress` (default: exact ones, bf16 and integers): a
+            float in (0, 1] is a fraction of backpropagation's saved bytes, an int is bytes.
         backend: `"eager"`.
         passes: Extra passes; each declares `level`.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.

@@ -21,11 +21,11 @@ from graphrewrite.analysis.cost import flops
 from graphrewrite.analysis.demands import SavedValue, saved_values
 from graphrewrite.analysis.recomputation import repeatable
 from graphrewrite.analysis.sensitivity import Sensitivity
-from graphrewrite.errors import GraphRewriteError, RuleError
-from graphrewrite.graph.aliasing import base_of
+from graphrewrite.errors import GraphRewriteError, RuleError, VerifyError
+from graphrewrite.graph.aliasing import base_of, views_of
 from graphrewrite.graph.codec import Codec, Declined
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import nbytes, value
+from graphrewrite.graph.nodes import Buffer, BufferUpdate, InputSpec, InputUpdate, UserInput, nbytes, value
 from graphrewrite.graph.partition import partition
 from graphrewrite.graph.text import Names
 from graphrewrite.pipeline import Pass, PassResult
@@ -118,7 +118,7 @@ class PlanMemory(Pass):
         time_limit: Seconds after which the solver returns the best plan it has.
     """
 
-    budget: float | int = 1.0
+    budget: float = 1.0
     codecs: tuple[Any, ...] = ("mask", "recompute", "cpu_offload", "bf16", "int8", "int4", "int2")
     time_limit: float = 10.0
 
@@ -166,7 +166,7 @@ class PlanMemory(Pass):
             why = f"{choice}{f'; instead of {others}' if others else ''}"
             done.append(treatment(candidate.saved, names, choice.text, choice.nbytes, why, choice.error))
             if number == candidate.recompute:
-                again += candidate.chain
+                again += [*candidate.chain, *views_of(candidate.saved.node)]
             elif choice.codec is not None:
                 encoded.append((candidate, choice))
         if again:
@@ -179,6 +179,9 @@ class PlanMemory(Pass):
                 CompressSaved.encode(graph, now, choice.codec)
         graph.prune(backward_only=True)
         graph.treatments = done
+        saved = partition(graph).saved_bytes
+        if saved > limit:
+            raise VerifyError(f"the plan keeps {saved:,} bytes, more than the {limit:,} that it was made for")
         return PassResult(graph, bool(again or encoded))
 
     # --- what can be done ---------------------------------------------------------------------------------------------
@@ -187,6 +190,7 @@ class PlanMemory(Pass):
         offered = [build_codec(one) for one in self.codecs]
         stored = {v.node for v in values}
         free = repeatable(graph)
+        copied = {graph.inputs[spec]: size for spec, size in _overwritten(graph).items()}
         position = {node: i for i, node in enumerate(graph.nodes)}
         step = sum(_work(n) for n in graph.nodes if n.op == "call_function") or 1.0
         found = []
@@ -203,7 +207,9 @@ class PlanMemory(Pass):
                     candidate.chain = sorted(chain[0], key=position.__getitem__)
                     candidate.frontier = sorted(chain[1], key=position.__getitem__)
                     time = sum(_work(n) for n in candidate.chain) / step
-                    candidate.choices.append(Choice(codec, text, 0, time=time))
+                    read = {s for n in candidate.chain for s in n.all_input_nodes}
+                    held = sum(size for node, size in copied.items() if node in read)
+                    candidate.choices.append(Choice(codec, text, held, time=time))
                     continue
                 chosen = fit(codec, v)
                 if isinstance(chosen, Declined) or getattr(chosen, "how", "encode") == "keep":
@@ -358,6 +364,17 @@ def solve(problem: Problem, time_limit: float) -> list[int]:
         max(range(len(c.choices)), key=lambda j, i=i: result.x[first[i] + j])  # type: ignore[misc]
         for i, c in enumerate(candidates)
     ]
+
+
+def _overwritten(graph: JointGraph) -> dict[InputSpec, int]:
+    """Inputs that the call writes to once it is over, and the bytes of the copy that a recomputation would need."""
+    names = {s.name for s in graph.outputs if isinstance(s, BufferUpdate)}
+    places = {s.index for s in graph.outputs if isinstance(s, InputUpdate)}
+    return {
+        spec: nbytes(value(node))
+        for spec, node in graph.inputs.items()
+        if (isinstance(spec, Buffer) and spec.name in names) or (isinstance(spec, UserInput) and spec.index in places)
+    }
 
 
 def _bytes_of(candidates: Sequence[Candidate], chosen: Sequence[int]) -> int:
