@@ -136,6 +136,7 @@ def build_program(
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
     extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
+    graph.context.example = probe  # type: ignore[assignment]
     if options.compress is not None and kind in ("forward", "loss"):
         extra.append(options.compress)
     if extra:

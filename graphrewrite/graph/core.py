@@ -90,6 +90,8 @@ class Context:
         training: Whether the graph was captured in training mode.
         seed: The user's seed.
         label_classes: Set by rules that read the targets as class indices: how many classes there are.
+        example: Example values of a graph's placeholders, for passes that measure.
+        bp_bytes: What backpropagation saves between forward and backward; None where this graph is backpropagation.
     """
 
     loss: Callable[[Any, Any], torch.Tensor] | None = None
@@ -98,6 +100,8 @@ class Context:
     training: bool = True
     seed: int = 0
     label_classes: int | None = None
+    example: Callable[[GraphCore], list[Any]] | None = None
+    bp_bytes: int | None = None
 
 
 @dataclass

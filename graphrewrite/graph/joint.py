@@ -641,9 +641,11 @@ class JointGraph(GraphCore):
         def store(tensor: torch.Tensor, *rest: Any) -> Any:
             given = iter(rest)
             numbers = with_sizes(given)
-            # the counter comes last
-            drawn = {"draw": lambda size, counter=next(given): uniform(counter, stream, size)} if stream else {}
-            return codec.encode(tensor if straight else tensor.permute(order), *numbers, **drawn)
+            laid_out = tensor if straight else tensor.permute(order)
+            if not stream:
+                return codec.encode(laid_out, *numbers)
+            counter = next(given)
+            return codec.encode(laid_out, *numbers, draw=lambda size: uniform(counter, stream, size))  # type: ignore[call-arg]
 
         like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
         made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)

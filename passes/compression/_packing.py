@@ -1,6 +1,6 @@
 """Small integers in bytes, and tensors in groups: what all codecs share.
 
-Packing is planar: of `n` codes of `b` bits, with `k = 8 / b` to a byte, byte `i` holds codes `i`, `i + m`, `i + 2m`, ...
+Packing is planar: of `n` codes of `b` bits, `k = 8 / b` to a byte, byte `i` holds codes `i`, `i + m`, `i + 2m`, ...
 where `m = ceil(n / k)`. Whole slices are shifted and joined, so that packing is a few element-wise operators.
 """
 
