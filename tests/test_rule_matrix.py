@@ -24,7 +24,7 @@ FEEDBACK = [
     "straight_through",
     "reinmax",
 ]
-FORWARD = ["pepita", "foton"]
+FORWARD = ["pepita", "foton", "forward_gradient", "likelihood_ratio"]
 LOCAL = ["ff", "mono_forward", "local_loss", "lls"]
 MODELS = {
     **dict.fromkeys(FEEDBACK, ("mlp", "cnn", "resnet", "gpt2", "bert", "vit", "gcn", "gat", "lstm")),

@@ -351,7 +351,7 @@ class Backward:
         with self._owning():
             for term in arrived[1:]:
                 like = info(total).but(
-                    role=Role.ACCUMULATE, block=self._block_of(node), cotangent_of=node, mirrors=producer(node)
+                    role=Role.ACCUMULATE, block=self.block_of(node), cotangent_of=node, mirrors=producer(node)
                 )
                 total = self.graph.emit(
                     torch.ops.aten.add.Tensor, (total, term), like=like, name=f"acc_{node.name}", val=self._like(node)
@@ -379,7 +379,7 @@ class Backward:
             self._own.add(node)
             node = node.next
 
-    def _block_of(self, node: fx.Node) -> str:
+    def block_of(self, node: fx.Node) -> str:
         """A leaf belongs to no block; its gradient is computed where it is first used."""
         if node.op != "placeholder":
             return info(node).block

@@ -14,6 +14,7 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `clone_forward` | a second forward pass on other inputs, same parameters |
 | `pull_back` | one operator's derivative, applied to another cotangent beside the backward |
 | `drop_backward` | delete the backward |
+| `push_forward` | a JVP beside the forward: tangents of what depends on perturbed values |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
 | `update_parameter` | a phase between steps writes a parameter |
 | `encode_saved` | store a saved tensor in another form |
@@ -56,6 +57,7 @@ from graphrewrite.graph.nodes import (
     value,
 )
 from graphrewrite.graph.ops import is_impure
+from graphrewrite.graph.pushforward import push_forward
 
 if TYPE_CHECKING:
     from graphrewrite.graph.codec import Codec
@@ -142,10 +144,10 @@ class JointGraph(GraphCore):
     ) -> fx.Node:
         """Cut `boundary` and let `signal(*inputs)` be its cotangent.
 
-        From the boundary down to the previous cut the derivative stays exact.
+        From the boundary down to the previous cut the derivative stays exact. The signal of a leaf is its gradient.
 
         Args:
-            boundary: A forward value.
+            boundary: A forward value, or a leaf.
             signal: Returns a tensor with the shape and dtype of the boundary.
             inputs: Its arguments: an output error, targets, state.
             consumers: Where to cut; default: all consumers in other blocks.
@@ -153,7 +155,11 @@ class JointGraph(GraphCore):
         Returns:
             The node of the signal.
         """
-        like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary)
+        table = self._table()
+        if boundary in self.leaves:
+            like = NodeInfo(role=Role.GRADIENT, block=table.block_of(boundary), cotangent_of=boundary)
+        else:
+            like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary)
         node: fx.Node = self.splice(signal, inputs, like=like, whole=False)
         want, got = value(boundary), value(node)
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
@@ -164,7 +170,6 @@ class JointGraph(GraphCore):
                 module=info(boundary).module,
                 remedy="the signal must have the shape and dtype of the boundary",
             )
-        table = self._table()
         edges = self.crossing(boundary) if consumers is None else consumers
         table.cuts.update((boundary, consumer) for consumer in edges)
         table.seed(boundary, node)
@@ -241,6 +246,22 @@ class JointGraph(GraphCore):
         table = self._table()
         table.seeds.clear()
         table.propagate()
+
+    def push_forward(self, tangents: Mapping[fx.Node, fx.Node], *, copy: str = "") -> dict[fx.Node, fx.Node]:
+        """Add a forward-mode pass: the JVP of every operator that depends on a perturbed value.
+
+        Args:
+            tangents: Value -> its tangent: a parameter, an input, or the result of an operator, where it is added to
+                the tangent that arrives there.
+            copy: The forward pass (`clone_forward`) whose operators are differentiated.
+
+        Returns:
+            Value -> its tangent, for all values that have one.
+
+        Raises:
+            RuleError: An operator on the way has neither a JVP nor a VJP that can be differentiated again.
+        """
+        return push_forward(self, tangents, copy=copy)
 
     # --- derivatives of single operators ---------------------------------------------------------------------------
 
