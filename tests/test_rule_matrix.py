@@ -24,7 +24,7 @@ FEEDBACK = [
     "straight_through",
     "reinmax",
 ]
-FORWARD = ["pepita", "foton", "zeroth_order"]
+FORWARD = ["pepita", "foton", "forward_gradient", "likelihood_ratio", "zeroth_order"]
 ENERGY = ["predictive_coding"]
 LOCAL = ["ff", "mono_forward", "local_loss", "lls"]
 MODELS = {

@@ -19,7 +19,7 @@ from torch import fx
 
 from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, unreduced_losses
 from graphrewrite.errors import RuleError
-from graphrewrite.graph.aliasing import base_of, written_bases
+from graphrewrite.graph.aliasing import base_of, drop_mutation, written_bases
 from graphrewrite.graph.nodes import (
     BACKWARD_ROLES,
     Constant,
@@ -372,6 +372,7 @@ class GraphCore:
 
         with self.tracing(), contextlib.nullcontext() if not whole else torch.no_grad():
             traced = make_fx(flat, tracing_mode="real", pre_dispatch=whole, _allow_non_fake_inputs=True)(*fakes)
+        drop_mutation(traced.graph)
         results = self.inline(traced, slots, like=like)
         spec, made = structure[-1]
         given = iter(results)
@@ -399,7 +400,7 @@ class GraphCore:
                 results = list(fx.map_arg(node.args[0], env.__getitem__))
             elif node.op == "get_attr":
                 env[node] = self._attribute(traced, node, like)
-            elif node.target in _NO_OPS and not callable(like) and like.role in BACKWARD_ROLES:
+            elif node.target in _NO_OPS and not callable(like) and like.role in (*BACKWARD_ROLES, Role.TANGENT):
                 env[node] = env[node.args[0]]
             else:
                 self._refuse_mutation(node)
