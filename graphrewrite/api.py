@@ -28,6 +28,7 @@ def compile(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     blocks: Blocks = "auto",
     compress: Any = None,
+    memory_budget: float | None = None,
     backend: str = "eager",
     fallback: Literal["eager"] | None = None,
     passes: Sequence[Pass | str] = (),
@@ -47,6 +48,8 @@ def compile(
         blocks: `"auto"`, `"layers"`, or a list of module-path globs.
         compress: How saved values are stored: a codec's name (`"int4"`), text form (`"int4{group=64}"`) or object, a
             list of them (the first that accepts a value wins), or `{module glob: any of these}`.
+        memory_budget: Choose per saved value among the codecs of `compress` (default: exact ones, bf16 and integers): a
+            float in (0, 1] is a fraction of backpropagation's saved bytes, an int is bytes.
         backend: `"eager"`, `"inductor"` (compiled once for all sizes), `"triton"` (our kernels where their checker
             accepts, eager elsewhere), or a registered name. `report().coverage` says what runs each node.
         fallback: `"eager"`: what runs a graph that the backend cannot; None: that is a `BackendError`.
@@ -69,7 +72,7 @@ def compile(
     find("backend", backend)
     if fallback not in (None, "eager"):
         raise GraphRewriteError(f"fallback={fallback!r} is unknown", remedy="use 'eager' or None")
-    approximations, codecs = split_compress(compress)
+    approximations, codecs = split_compress(compress, memory_budget)
     options = Options(
         rules=RuleMap.of(rule),
         loss=loss or default_loss,

@@ -89,7 +89,8 @@ def build_program(
     pipeline.stage("capture", graph)
     # what follows works on the captured graph itself
     forward_graph = graph.copy()
-    rules = options.rules.in_use(graph)
+    # local rules put passes and losses of their own in the place of the captured ones: the others build on that
+    rules = sorted(options.rules.in_use(graph), key=lambda entry: entry[1].objective != "local")
     for leaf, node in graph.inputs.items():
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
@@ -135,6 +136,7 @@ def build_program(
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
     extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
+    graph.context.example = probe  # type: ignore[assignment]
     if options.compress is not None and kind in ("forward", "loss"):
         extra.append(options.compress)
     if extra:

@@ -105,9 +105,7 @@ def _sign(words: torch.Tensor) -> torch.Tensor:
 
 # --- directions ----------------------------------------------------------------------------------------------------
 
-_LIBRARY.define(
-    "direction(Tensor counter, int stream, SymInt[] size, Tensor number, str distribution) -> Tensor"
-)
+_LIBRARY.define("direction(Tensor counter, int stream, SymInt[] size, Tensor number, str distribution) -> Tensor")
 _CHUNK = 1 << 14
 
 

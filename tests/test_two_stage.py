@@ -73,7 +73,9 @@ class Stage(nn.Module):
     def __init__(self, width: int = 16, layers: int = 2) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.ModuleDict({"a": nn.Linear(width, 4 * width), "b": nn.Linear(4 * width, width), "n": nn.LayerNorm(width)})
+            nn.ModuleDict(
+                {"a": nn.Linear(width, 4 * width), "b": nn.Linear(4 * width, width), "n": nn.LayerNorm(width)}
+            )
             for _ in range(layers)
         )
 

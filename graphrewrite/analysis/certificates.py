@@ -46,6 +46,7 @@ from graphrewrite.graph.nodes import (
 from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.text import Names, operator_name
 
+_SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor}
 _SIGNS = {torch.ops.aten.sign.default, torch.ops.aten.sgn.default}
 
 
@@ -186,11 +187,15 @@ class _Prover:
         self._params_only = self._parameter_values()
         flow = nx.DiGraph()
         flow.add_nodes_from(self.rules)
-        for node in graph.forward_nodes():
+        inner = [n for n in self.loops.nodes if info(n).role is Role.FORWARD]
+        for node in (*graph.forward_nodes(), *inner):
             if info(node).role is Role.LOSS:
                 continue  # what a local loss reads of other blocks is no flow of the model
-            for source in node.all_input_nodes:
-                if source.op == "call_function" and _tensor(source) and source not in self._params_only:
+            for source in self.loops.sources(node):
+                if source.op != "call_function" or not _tensor(source) or source in self._params_only:
+                    continue
+                # of what a loop computes, only what belongs to a block
+                if info(source).block in self.rules or source in node.all_input_nodes:
                     flow.add_edge(info(source).block, info(node).block)
         self._behind: dict[str, set[str]] = {
             name: (nx.descendants(flow, name) if name in flow else set()) - {name, LOSS_BLOCK} for name in self.rules
@@ -222,8 +227,11 @@ class _Prover:
                 found[node] = found[given]
         for node in self.loops.nodes:
             sources = [s for s in node.all_input_nodes if _tensor(s)]
-            if sources and not is_backward(node) and all(s in found for s in sources):
-                found[node] = found[sources[0]]
+            known = [s for s in sources if s in found]
+            # a weight that was moved is that weight still
+            moved = node.target in _SUMS and any(value(s).shape == value(node).shape for s in known)
+            if known and (moved or (not is_backward(node) and len(known) == len(sources))):
+                found[node] = found[known[0]]
         return found
 
     def _gradient_terms(self) -> dict[str, list[fx.Node]]:

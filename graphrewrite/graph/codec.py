@@ -60,6 +60,7 @@ class SavedCodec:
         exact: Whether the gradients stay bitwise the same.
         dtypes: What it stores.
         positional: Whether dimensions mean something to it; else it gets the elements in the order of the memory.
+        on_host: Whether it stores in the memory of the CPU what lies on a device.
         how: `"encode"`: `encode` and `decode` are spliced in; `"recompute"`: the value is computed again;
             `"keep"`: it stays as it is.
     """
@@ -76,6 +77,7 @@ class SavedCodec:
     exact: ClassVar[bool] = False
     dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
     positional: ClassVar[bool] = False
+    on_host: ClassVar[bool] = False
     how: ClassVar[Literal["encode", "recompute", "keep"]] = "encode"
 
     @property
@@ -88,7 +90,7 @@ class SavedCodec:
         """Sizes of other values, as (value, dimension), that `encode` and `decode` get behind their own arguments."""
         return ()
 
-    def bits(self, dtype: torch.dtype) -> float:
+    def bits_per_element(self, dtype: torch.dtype) -> float:
         """Bits per element of a big tensor of this dtype."""
         return float(8 * dtype.itemsize)
 

@@ -15,6 +15,7 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `pull_back` | one operator's derivative, applied to another cotangent beside the backward |
 | `drop_backward` | delete the backward |
 | `repeat` | an inner loop with state, kept as one callable sub-graph |
+| `push_forward` | a JVP beside the forward: tangents of what depends on perturbed values |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
 | `update_parameter` | a phase between steps writes a parameter |
 | `encode_saved` | store a saved tensor in another form |
@@ -63,6 +64,7 @@ from graphrewrite.graph.nodes import (
     value,
 )
 from graphrewrite.graph.ops import is_impure
+from graphrewrite.graph.pushforward import push_forward
 from graphrewrite.random import uniform
 from graphrewrite.textform import to_text
 
@@ -165,8 +167,10 @@ class JointGraph(GraphCore):
             The node of the signal.
         """
         table = self._table()
-        like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary, spec=None)
-        like = like.but(block=table.block_of(boundary))
+        if boundary in self.leaves:
+            like = NodeInfo(role=Role.GRADIENT, block=table.block_of(boundary), cotangent_of=boundary)
+        else:
+            like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary)
         node: fx.Node = self.splice(signal, inputs, like=like, whole=False)
         want, got = value(boundary), value(node)
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
@@ -283,6 +287,22 @@ class JointGraph(GraphCore):
         traced = trace_body(self, body, state, inputs, like)
         node = self.emit(OPERATOR, (list(state), list(inputs), steps, traced.number), like=like, name="repeat")
         return [self.emit(operator.getitem, (node, i), like=like) for i in range(len(state))]
+
+    def push_forward(self, tangents: Mapping[fx.Node, fx.Node], *, copy: str = "") -> dict[fx.Node, fx.Node]:
+        """Add a forward-mode pass: the JVP of every operator that depends on a perturbed value.
+
+        Args:
+            tangents: Value -> its tangent: a parameter, an input, or the result of an operator, where it is added to
+                the tangent that arrives there.
+            copy: The forward pass (`clone_forward`) whose operators are differentiated.
+
+        Returns:
+            Value -> its tangent, for all values that have one.
+
+        Raises:
+            RuleError: An operator on the way has neither a JVP nor a VJP that can be differentiated again.
+        """
+        return push_forward(self, tangents, copy=copy)
 
     # --- derivatives of single operators ---------------------------------------------------------------------------
 
@@ -641,9 +661,11 @@ class JointGraph(GraphCore):
         def store(tensor: torch.Tensor, *rest: Any) -> Any:
             given = iter(rest)
             numbers = with_sizes(given)
-            # the counter comes last
-            drawn = {"draw": lambda size, counter=next(given): uniform(counter, stream, size)} if stream else {}
-            return codec.encode(tensor if straight else tensor.permute(order), *numbers, **drawn)
+            laid_out = tensor if straight else tensor.permute(order)
+            if not stream:
+                return codec.encode(laid_out, *numbers)
+            counter = next(given)
+            return codec.encode(laid_out, *numbers, draw=lambda size: uniform(counter, stream, size))  # type: ignore[call-arg]
 
         like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
         made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)

@@ -18,12 +18,17 @@ from torch import fx
 from graphrewrite.errors import BackendError
 from graphrewrite.graph.aliasing import base_of, is_view, view_chain
 from graphrewrite.graph.nodes import (
+    Buffer,
+    BufferUpdate,
+    Counter,
     Grad,
     InputSpec,
+    InputUpdate,
     NodeInfo,
     OutputSpec,
     Role,
     Tangent,
+    UserInput,
     info,
     is_backward,
     nbytes,
@@ -46,12 +51,15 @@ class Saved:
     Attributes:
         node: Its node in the ATen-level graph.
         carried: A finished gradient, handed on rather than read: it is given away in the backward.
-        nbytes: Bytes of its elements at the example's sizes; 0 for sizes and for inputs, parameters and buffers.
+        nbytes: Bytes of its elements at the example's sizes; 0 for sizes and for inputs, parameters and buffers that
+            are referenced.
+        copied: An input that the call writes to once it is over: the backward gets a copy.
     """
 
     node: fx.Node
     carried: bool
     nbytes: int
+    copied: bool = False
 
     @property
     def is_input(self) -> bool:
@@ -136,6 +144,9 @@ def stages_of(graph: JointGraph) -> dict[fx.Node, Stage]:
             stages[node] = "backward"
         elif moved:
             stages[node] = moved  # type: ignore[assignment]
+        elif isinstance(value(node), torch.SymInt):
+            # a size of a forward value is taken there: the value is not saved for it
+            stages[node] = "forward"
         else:
             stages[node] = "backward" if is_backward(node) else "forward"
     _sink_views(graph, stages)
@@ -181,7 +192,8 @@ def partition(graph: JointGraph) -> Partition:
     )
     order["weight"] = cheapest_order(graph, order["weight"], list(weight_outputs.values()), held, descending=True)
     carried = _carried([n for n in wanted if n not in forward_outputs.values()], order["backward"], set(held))
-    saved = [Saved(n, n in carried, _bytes(n)) for n in wanted]
+    overwritten = {Buffer(s.name) if isinstance(s, BufferUpdate) else s.index for s in outputs if _overwrites(s)}
+    saved = [_saved(n, n in carried, overwritten) for n in wanted]
     results = list(dict.fromkeys(forward_outputs.values()))
     forward_inputs = _inputs(order["forward"], [*results, *wanted])
     tangents = [n for n in graph.nodes if _is_tangent(n)]
@@ -222,6 +234,19 @@ def _bytes(node: fx.Node) -> int:
     if node.op == "placeholder" and not _is_tangent(node):
         return 0
     return nbytes(value(node))
+
+
+def _overwrites(spec: OutputSpec) -> bool:
+    return isinstance(spec, (BufferUpdate, InputUpdate))
+
+
+def _saved(node: fx.Node, carried: bool, overwritten: set[Any]) -> Saved:
+    spec = spec_of(node)
+    if node.op != "placeholder":
+        return Saved(node, carried, nbytes(value(node)))
+    copied = spec in overwritten or (isinstance(spec, UserInput) and spec.index in overwritten)
+    # the counter is made anew for each call
+    return Saved(node, carried, nbytes(value(node)) if copied or isinstance(spec, Counter) else 0, copied)
 
 
 def _in_forward(spec: OutputSpec, node: fx.Node, stages: dict[fx.Node, Stage]) -> bool:

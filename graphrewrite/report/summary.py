@@ -10,10 +10,14 @@ from torch import fx
 
 from graphrewrite.analysis.certificates import Certificates, certify
 from graphrewrite.backends import Taken
-from graphrewrite.graph.nodes import info, value
+from graphrewrite.graph.aliasing import base_of
+from graphrewrite.graph.nodes import info, is_getitem, value
+from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.text import Names, operator_name
 from graphrewrite.pipeline import PassRecord
 from graphrewrite.runtime.program import Program
+
+Lifetimes = tuple[dict[fx.Node, int], dict[fx.Node, int]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class SavedRow:
         type: dtype and shape.
         nbytes: Bytes at the example's sizes; 0 for inputs, parameters and sizes, which are referenced.
         kind: `"activation"`, `"input"` (an input, parameter or buffer), `"gradient"` (computed early) or `"size"`.
+        born: The operator that computes it, counted in the order in which they run (as `schedule` does).
+        dies: The last operator that reads it.
     """
 
     name: str
@@ -37,6 +43,8 @@ class SavedRow:
     type: str
     nbytes: int
     kind: str
+    born: int = 0
+    dies: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,9 @@ def summarise(program: Program, rule: str, backend: str) -> Report:
     """The report of a program."""
     part = program.partition
     names = Names(part.graph)
-    rows = [_row(one.node, one.nbytes, names, carried=one.carried) for one in part.saved]
-    held = [_row(one.node, one.nbytes, names, handed=one.saved < 0) for one in part.held]
+    lives = _lifetimes(part)
+    rows = [_row(one.node, one.nbytes, names, lives, carried=one.carried) for one in part.saved]
+    held = [_row(one.node, one.nbytes, names, lives, handed=one.saved < 0) for one in part.held]
     asked = Taken(backend)
     coverage = [
         CoverageRow(
@@ -156,9 +165,28 @@ def summarise(program: Program, rule: str, backend: str) -> Report:
     )
 
 
-def _row(node: fx.Node, nbytes: int, names: Names, *, carried: bool = False, handed: bool = False) -> SavedRow:
+def _lifetimes(part: Partition) -> Lifetimes:
+    """For the owners of memory: the operators that compute them, and the last ones that read them."""
+    born: dict[fx.Node, int] = {}
+    dies: dict[fx.Node, int] = {}
+    step = -1
+    for node in (n for nodes in part.order.values() for n in nodes):
+        step += not is_getitem(node)
+        born[node] = step
+        for source in node.all_input_nodes:
+            dies[base_of(source)] = step
+    for one in part.graph.outputs.values():
+        # what is returned stays to the end
+        dies[base_of(one)] = max(step, 0)
+    return born, dies
+
+
+def _row(
+    node: fx.Node, nbytes: int, names: Names, lives: Lifetimes, *, carried: bool = False, handed: bool = False
+) -> SavedRow:
     own = info(node)
     is_input = node.op == "placeholder"
+    born, dies = lives
     return SavedRow(
         names[node],
         own.module,
@@ -167,6 +195,8 @@ def _row(node: fx.Node, nbytes: int, names: Names, *, carried: bool = False, han
         names.type(value(node)),
         nbytes,
         "cotangent" if handed and nbytes else _kind(is_input, carried, nbytes),
+        born.get(node, 0),
+        dies.get(base_of(node), 0),
     )
 
 

@@ -126,7 +126,7 @@ class CompiledModule(StatefulModule):
         trains = self._records_gradient()
         if not trains:
             self.settle()
-        if not trains and not self._has_local_objective():
+        if not trains and not self._has_local_objective() and not self._changes_forward():
             with torch.no_grad():
                 loss = self.task_loss(self.module(*inputs.args, **inputs.kwargs), targets)
             self.losses = {"task": loss}
@@ -591,17 +591,8 @@ class CompiledModule(StatefulModule):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in (
-            "_programs",
-            "_watch",
-            "_lock",
-            "_latest",
-            "_captures",
-            "_hooks",
-            "_example",
-            "_settled",
-            "_weights",
-        ):
+        derived_names = ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example")
+        for derived in (*derived_names, "_settled", "_weights"):
             state.pop(derived, None)
         state["losses"] = dict(self.losses)
         state["_block_optimizers"] = None

@@ -76,7 +76,7 @@ class Replay:
     def __init__(self, graph: JointGraph, outputs: Sequence[fx.Node], varying: Iterable[fx.Node], rule: str) -> None:
         self.outputs = list(outputs)
         given = set(varying)
-        forward = [n for n in graph.forward_nodes() if not info(n).copy]
+        forward = graph.forward_nodes()
         moving = set(given)
         for node in forward:
             if not _is_shared(node) and any(source in moving for source in node.all_input_nodes):
@@ -109,7 +109,13 @@ class Replay:
         self.inputs = sorted(inputs, key=rank.__getitem__)
 
     def __call__(
-        self, given: Mapping[fx.Node, Given], inputs: Sequence[torch.Tensor], *, copy: str, role: Role | None = None
+        self,
+        given: Mapping[fx.Node, Given],
+        inputs: Sequence[torch.Tensor],
+        *,
+        copy: str,
+        role: Role | None = None,
+        stage: str = "",
     ) -> list[torch.Tensor]:
         """Run it.
 
@@ -118,6 +124,7 @@ class Replay:
             inputs: Values of `inputs`.
             copy: Label of the pass.
             role: Role of its operators; None: their own.
+            stage: Stage of its operators.
         """
         fixed = dict(zip(self.inputs, inputs, strict=True))
         env: dict[fx.Node, Any] = {**fixed, **given}
@@ -130,13 +137,20 @@ class Replay:
 
         done: dict[fx.Node, Any] = dict(fixed)
         for node in self.nodes:
-            own = info(node)
-            like = own.but(role=role or own.role, mirrors=None, cotangent_of=None, copy=copy, region="")
-            with labelled(like):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), read)
-                done[node] = call_operator(node.target, args, kwargs)  # type: ignore[arg-type]
+            done[node] = run_node(node, read, copy=copy, role=role, stage=stage)
             env.setdefault(node, done[node])
         return [done[node] for node in self.outputs]
+
+
+def run_node(
+    node: fx.Node, read: Callable[[fx.Node], Any], *, copy: str, role: Role | None = None, stage: str = ""
+) -> Any:
+    """Run one operator of the forward again, labelled as what it is in another pass."""
+    own = info(node)
+    like = own.but(role=role or own.role, mirrors=None, cotangent_of=None, copy=copy, region="", stage=stage)
+    with labelled(like):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+        return call_operator(node.target, args, kwargs)  # type: ignore[arg-type]
 
 
 def trained_leaves(graph: JointGraph, blocks: Iterable[str] | None = None) -> list[fx.Node]:
@@ -172,4 +186,3 @@ def joined(groups: Sequence[Sequence[fx.Node]]) -> tuple[list[fx.Node], Callable
 
 def _apart(positions: Sequence[Sequence[int]], values: Sequence[Any]) -> list[list[Any]]:
     return [[values[i] for i in group] for group in positions]
-

@@ -212,14 +212,10 @@ class ZerothOrder(Rule):
 
         return make
 
-    def _direction(
-        self, counter: torch.Tensor, number: torch.Tensor, stream: int, like: torch.Tensor
-    ) -> torch.Tensor:
+    def _direction(self, counter: torch.Tensor, number: torch.Tensor, stream: int, like: torch.Tensor) -> torch.Tensor:
         return random.direction(counter, stream, like.shape, number, self.distribution, like.dtype)
 
-    def _spread(
-        self, graph: JointGraph, leaf: fx.Node, slopes: fx.Node, counter: fx.Node, stream: int
-    ) -> None:
+    def _spread(self, graph: JointGraph, leaf: fx.Node, slopes: fx.Node, counter: fx.Node, stream: int) -> None:
         """The gradient of a weight: the directions, drawn again, times the differences."""
         count, like = self.count, _weights(leaf, graph).but(role=Role.SIGNAL)
 
@@ -278,14 +274,13 @@ class ZerothOrder(Rule):
                 return replay({leaf: moved}, inputs, copy=copy)[0]
 
             above = loss_at(1)
-            if kind == "central":
-                slope = (above - loss_at(-1)) / (2 * eps)
-            else:
-                slope = (above - base) / eps
+            slope = (above - loss_at(-1)) / (2 * eps) if kind == "central" else (above - base) / eps
             return [number + 1, torch.where(here, slope.to(found.dtype), found)]
 
         _, flat = graph.repeat(ask, start, chosen, inputs=[leaf, loss, where, *replay.inputs], like=_LOSSES)
-        self._give(graph, leaf, graph.splice(lambda flat, weight: flat.reshape(weight.shape), [flat, leaf], like=_LOSSES))
+        self._give(
+            graph, leaf, graph.splice(lambda flat, weight: flat.reshape(weight.shape), [flat, leaf], like=_LOSSES)
+        )
 
     def _give(self, graph: JointGraph, leaf: fx.Node, gradient: fx.Node) -> None:
         tangent = graph.loss_tangent(value(leaf).dtype)
@@ -311,4 +306,3 @@ class ZerothOrder(Rule):
 def _weights(leaf: fx.Node, graph: JointGraph) -> NodeInfo:
     """For operators on a weight itself."""
     return NodeInfo(role=Role.FORWARD, block=graph.table.block_of(leaf), module=info(leaf).module)
-

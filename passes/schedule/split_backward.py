@@ -24,7 +24,9 @@ class SplitBackward(Pass):
     level = "aten"
     preserves_numerics = True
     summary = "compute input cotangents at once and weight gradients in a later stage"
-    paper = "Rae, Lee, Richings 2024, https://arxiv.org/abs/2405.18047; Qi et al. 2023, https://arxiv.org/abs/2401.10241"
+    paper = (
+        "Rae, Lee, Richings 2024, https://arxiv.org/abs/2405.18047; Qi et al. 2023, https://arxiv.org/abs/2401.10241"
+    )
 
     def run(self, graph: JointGraph) -> PassResult:
         """Mark the nodes of the weight stage."""
