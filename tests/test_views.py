@@ -215,8 +215,8 @@ def test_model_explorer_gets_every_node_in_its_module(run: Run, tmp_path: pathli
     for node in data["nodes"]:
         assert [e["sourceNodeId"] for e in held[node["name"]]["incomingEdges"]] == [str(i) for i in node["inputs"]]
     assert held["linear_2"]["namespace"] == "forward/layers.1/up"
-    assert held["d_linear_2"]["namespace"] == "backward/layers.1/up"
-    assert {"key": "derivative of", "value": "linear_2"} in held["d_linear_2"]["attrs"]
+    assert held["w_linear_2"]["namespace"] == "backward/layers.1/up"
+    assert {"key": "derivative of", "value": "linear_2"} in held["w_linear_2"]["attrs"]
     assert sum(node["namespace"] == "outputs" for node in graphs["operator"]) == len(data["outputs"])
 
 
