@@ -27,6 +27,7 @@ STYLES = {
     "gradient": "green",
     "accumulate": "blue",
     "signal": "bold red",
+    "tangent": "cyan",
     "loss": "yellow",
     "state": "red",
 }

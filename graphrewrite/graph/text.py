@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from graphrewrite.graph.loop import LoopCall, is_loop
 from graphrewrite.graph.nodes import Role, hint, info, is_backward, is_getitem, spec_of, value
 from graphrewrite.graph.ops import VjpCall, is_vjp
 
@@ -61,8 +62,16 @@ class Names:
         self._nodes: dict[fx.Node, str] = {}
         self._used: dict[str, int] = {}
         self._symbols: dict[str, str] = {}
+        self.loops = [node for node in graph.nodes if is_loop(node)]
         for node in graph.nodes:
             if node.op != "output":
+                self._nodes[node] = self._name(node)
+        for number, loop in enumerate(self.loops):
+            call = LoopCall.of(loop)
+            for i, node in enumerate(call.body.placeholders):
+                kind, position = ("state", i) if i < call.body.states else ("input", i - call.body.states)
+                self._nodes[node] = f"body{number}.{kind}{position}"
+            for node in call.body.nodes:
                 self._nodes[node] = self._name(node)
 
     def _name(self, node: fx.Node) -> str:
@@ -195,6 +204,10 @@ def _expression(node: fx.Node, names: Names) -> str:
         if call.replaced:
             text += "; " + ", ".join(f"input {p} read as %{names[n]}" for p, n in call.replaced.items())
         return text + ")"
+    if is_loop(node):
+        loop = LoopCall.of(node)
+        state, inputs = (_argument(nodes, names) for nodes in (loop.state, loop.inputs))
+        return f"repeat(body{names.loops.index(node)}, steps={loop.steps}, state={state}, inputs={inputs})"
     args = [_argument(a, names) for a in node.args]
     args += [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
     return f"{operator_name(node)}({', '.join(args)})"
@@ -228,9 +241,23 @@ def to_text(graph: JointGraph) -> str:
         where = f"{row.role} {row.block}".strip() if row.section != "inputs" else ""
         text = f"  {row.name:<{width}} {row.type:<{types}} {row.expression}"
         out.append(f"{text}    # {where}" if where else text)
+    for number, loop in enumerate(names.loops):
+        out.append(f"body{number}")
+        out += _body(loop, names)
     out.append("outputs")
     out += [f"  %{names[node]:<{width - 1}} {spec}" for spec, node in graph.outputs.items()]
     return "\n".join(line.rstrip() for line in out) + "\n"
+
+
+def _body(loop: fx.Node, names: Names) -> list[str]:
+    """The lines of a loop's body."""
+    body = LoopCall.of(loop).body
+    rows = []
+    for node in body.nodes:
+        own = info(node)
+        text = f"  %{names[node]} {names.type(value(node))} {_expression(node, names)}"
+        rows.append(f"{text}    # {own.role} {own.block}".rstrip())
+    return [*rows, f"  next state {_argument(body.results, names)}"]
 
 
 def count_operators(nodes: Iterable[fx.Node]) -> dict[str, int]:

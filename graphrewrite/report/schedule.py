@@ -14,9 +14,8 @@ from typing import Any
 from torch import fx
 
 from graphrewrite.analysis.cost import flops
-from graphrewrite.analysis.liveness import Curve, backward_curve, forward_curve
+from graphrewrite.analysis.liveness import Curve, backward_curve, forward_curve, weight_curve
 from graphrewrite.graph.nodes import info, is_backward, is_getitem, nbytes, value
-from graphrewrite.graph.ordering import live_bytes
 from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.text import Names, operator_name
 from graphrewrite.report.svg import ticks
@@ -76,8 +75,8 @@ def timeline(part: Partition) -> list[Step]:
     """All operators in the order in which they run."""
     names = Names(part.graph)
     steps: list[Step] = []
-    for stage, nodes in part.order.items():
-        curve = _curve(part, stage, nodes)
+    for stage in part.order:
+        curve = _curve(part, stage)
         for node, live in zip(curve.nodes, curve.live, strict=True):
             if not is_getitem(node):
                 steps.append(Step(node, names[node], _phase(stage, node), live, flops(node)))
@@ -207,12 +206,12 @@ def schedule_page(part: Partition, title: str) -> str:
     )
 
 
-def _curve(part: Partition, stage: str, nodes: list[fx.Node]) -> Curve:
+def _curve(part: Partition, stage: str) -> Curve:
     if stage == "forward":
         return forward_curve(part)
     if stage == "backward":
         return backward_curve(part)
-    return Curve(nodes, live_bytes(nodes, set()))
+    return weight_curve(part)
 
 
 def _phase(stage: str, node: fx.Node) -> str:

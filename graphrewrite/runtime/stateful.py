@@ -33,6 +33,9 @@ class StatefulModule(nn.Module):
     _step: int
     _calls: int
 
+    def settle(self) -> None:
+        """Do to parameters what the rule does after an optimizer step, if there was one."""
+
     @property
     def captured(self) -> bool:
         """Whether there is a program to look at: `materialize`, or a call that records a gradient, makes one."""
@@ -104,6 +107,7 @@ class StatefulModule(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's entries under their own names, plus `_graphrewrite.<rule>.<name>`."""
         self._require_state("state_dict()")
+        self.settle()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
