@@ -75,7 +75,7 @@ def browse(row: dict[str, Any], file: pathlib.Path) -> None:
             page.locator(".row.group").first.wait_for()
         row["rows_at_first"] = page.locator(".row").count()
         with timed(row, "search_seconds"):
-            page.fill("#search", "gelu")
+            page.fill("#search", "tanh")
             page.locator(".row.node").first.wait_for()
         page.fill("#search", "")
         page.locator(".row.group").first.wait_for()
