@@ -7,14 +7,14 @@ import itertools
 
 import pytest
 import torch
+from graphrewrite.backends.distributed import SCHEDULES, DFAPipeline, LocalPipeline, Pipeline, actions_of, cut, simulate
+from graphrewrite.backends.distributed.pipeline import stages_of_rank
+from graphrewrite.backends.distributed.simulate import Action, StageCost
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import graphrewrite as gr
 import processes
-from graphrewrite.backends.distributed import SCHEDULES, DFAPipeline, LocalPipeline, Pipeline, actions_of, cut, simulate
-from graphrewrite.backends.distributed.pipeline import stages_of_rank
-from graphrewrite.backends.distributed.simulate import Action, StageCost
 from graphrewrite.testing import zoo
 
 MICRO_BATCHES = 4

@@ -1,8 +1,8 @@
 """What a schedule would take, without running it: its timeline, its bubble and its memory.
 
 The actions are those of the engine's own schedules, in the order in which each process runs them; costs are given per
-stage. A process runs one action at a time and waits for what the action reads; what is sent arrives after the time of the
-communication, which overlaps with computation.
+stage. A process runs one action at a time and waits for what the action reads; what is sent arrives after the time of
+the communication, which overlaps with computation.
 """
 
 from __future__ import annotations
