@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -410,3 +414,26 @@ def test_schedules_that_do_not_go_on_are_named():
         actions_of("ZBVZeroBubble", 2, 4, stages=6)
     with pytest.raises(gr.RuleError, match="spread evenly"):
         actions_of("Interleaved1F1B", 2, 4, stages=5)
+
+
+# --- example scripts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["ddp.py"], ["pipeline.py"], ["pipeline.py", "--schedule", "1F1B"]])
+def test_examples_train(words):
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [*command, str(root / "examples" / words[0]), *words[1:]],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    losses = [float(line.rpartition(" ")[2]) for line in ran.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) >= 2
+    assert losses[-1] < 1.0  # four classes at random: 1.39
