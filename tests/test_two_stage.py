@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphrewrite as gr
 from graphrewrite.graph.nodes import Grad, Role, UserInput, info
+from graphrewrite.pipeline import build_pass
 from graphrewrite.testing import zoo
 from graphrewrite.testing.compare import assert_same, call, gradients
+from helpers import clean_graph, joint_graph
 
 RULES = ["fa", "dfa", "kp", "highway", "mono_forward"]
 
@@ -301,6 +303,67 @@ def test_weight_tasks_run_in_any_order():
     assert_equal_gradients(one, two, exact=False)
     with pytest.raises(gr.RuleError, match="has run already"):
         tasks[0]()
+
+
+# --- the pass ------------------------------------------------------------------------------------------------------
+
+
+def split_graph(model: nn.Module, x, y):
+    graph = clean_graph(model, x, y)
+    return graph, build_pass("split_backward").run(graph)
+
+
+def test_the_pass_marks_weight_gradients_and_keeps_everything_else():
+    case = zoo.make("mlp")
+    batch = case.batch(4)
+    plain = clean_graph(copy.deepcopy(case.model), *batch)
+    graph, result = split_graph(case.model, *batch)
+    assert result.modified
+    assert [n.name for n in graph.nodes] == [n.name for n in plain.nodes]
+    for node, other in zip(graph.nodes, plain.nodes, strict=True):
+        if node.op == "call_function":
+            assert info(node).but(stage="", mirrors=None) == info(other).but(mirrors=None)
+            assert info(node).stage in ("", "weight")
+    again = build_pass("split_backward").run(graph)
+    assert not again.modified
+    assert not [text for _, _, text in graph.log.entries if "stays in the first stage" in text]
+
+
+def test_the_pass_does_not_fire_where_nothing_is_separable():
+    graph, result = split_graph(nn.LayerNorm(5), torch.randn(4, 5), torch.randint(0, 5, (4,)))
+    assert not result.modified
+    assert any("layer_norm" in text for _, _, text in graph.log.entries)
+    with pytest.raises(gr.RuleError, match="expanded graph"):
+        joint_graph(nn.Linear(5, 5), torch.randn(4, 5), torch.randint(0, 5, (4,))).split_backward()
+
+
+def test_the_pass_changes_no_number():
+    two = gr.compile(zoo.make("mlp").model, split_backward=True, verify="numeric")
+    two.loss(*zoo.make("mlp").batch(4)).backward()
+    two.backward_weight()
+
+
+def test_a_gradient_that_an_input_needs_stays_in_the_first_stage():
+    """An input that is a linear map's second operand: the gradient of the first one is no weight gradient."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Linear(4, 4)
+
+        def forward(self, x, w):
+            return F.linear(self.scale(x), w)
+
+    one, two = twins(Products())
+    x, w = torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)
+    found = []
+    for compiled in (one, two):
+        w.grad = None
+        compiled(x, w).square().sum().backward()
+        found.append(w.grad)
+    assert_same(found[1], found[0], "gradient of w")
+    two.backward_weight()
+    assert_equal_gradients(one, two)
 
 
 # --- several micro-batches as one ----------------------------------------------------------------------------------

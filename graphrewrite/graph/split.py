@@ -6,7 +6,7 @@ computes together with an input cotangent (normalisations), or that were compute
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,8 @@ def find_weight_stage(graph: JointGraph) -> Split:
     kept = {
         spec.of: _reason(node, stages)
         for spec, node in graph.outputs.items()
-        if isinstance(spec, Grad) and isinstance(spec.of, (Param, State)) and node not in order
+        if isinstance(spec, Grad) and isinstance(spec.of, (Param, State))
+        if node not in order and stages.get(node) != "weight"
     }
     return Split(order, kept)
 
@@ -125,7 +126,7 @@ def _sink(graph: JointGraph, backward: list[fx.Node], waiting: dict[fx.Node, Non
         held |= {base_of(s) for s in node.all_input_nodes}
 
 
-def _reason(node: fx.Node, stages: dict[fx.Node, str]) -> str:
+def _reason(node: fx.Node, stages: Mapping[fx.Node, str]) -> str:
     """Why a gradient is there in the first stage."""
     if info(node).scales or stages.get(node) == "forward":
         return "it is computed in the forward, right behind its block"
