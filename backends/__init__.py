@@ -8,10 +8,28 @@ so that a value can be freed after its last use, and returns a sequence of resul
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
 REGISTRY = {
     "eager": "graphrewrite.backends.eager:lower",
+    "inductor": "graphrewrite.backends.inductor:lower",
+    "triton": "graphrewrite.backends.triton:lower",
 }
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What runs a node of the graph.
+
+    Attributes:
+        backend: `"eager"`, `"inductor"`, `"triton"`, ...
+        kernel: The kernel that runs it, or that was considered.
+        reason: Why not the backend that was asked for; "" if it does.
+    """
+
+    backend: str
+    kernel: str = ""
+    reason: str = ""

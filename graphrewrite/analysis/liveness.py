@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphrewrite.graph.aliasing import base_of
+from graphrewrite.graph.loop import OPERATOR, run_loop
 from graphrewrite.graph.ordering import live_bytes
 from graphrewrite.graph.partition import Partition
 
@@ -80,7 +81,11 @@ class LiveBytes(TorchDispatchMode):
         self._tracked: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is OPERATOR:
+            with self:  # what a loop allocates in its body counts
+                result = run_loop(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._track(leaf)

@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
+from graphrewrite.errors import BackendError
 from graphrewrite.graph.aliasing import base_of, is_view, view_chain
 from graphrewrite.graph.nodes import (
+    Buffer,
+    BufferUpdate,
+    Counter,
     Grad,
     InputSpec,
+    InputUpdate,
+    NodeInfo,
     OutputSpec,
+    Role,
     Tangent,
+    UserInput,
     info,
     is_backward,
     nbytes,
@@ -30,6 +38,7 @@ from graphrewrite.graph.nodes import (
 from graphrewrite.graph.ordering import cheapest_order
 
 if TYPE_CHECKING:
+    from graphrewrite.backends import Taken
     from graphrewrite.graph.joint import JointGraph
 
 Stage = Literal["forward", "backward", "weight"]
@@ -42,12 +51,15 @@ class Saved:
     Attributes:
         node: Its node in the ATen-level graph.
         carried: A finished gradient, handed on rather than read: it is given away in the backward.
-        nbytes: Bytes of its elements at the example's sizes; 0 for sizes and for inputs, parameters and buffers.
+        nbytes: Bytes of its elements at the example's sizes; 0 for sizes and for inputs, parameters and buffers that
+            are referenced.
+        copied: An input that the call writes to once it is over: the backward gets a copy.
     """
 
     node: fx.Node
     carried: bool
     nbytes: int
+    copied: bool = False
 
     @property
     def is_input(self) -> bool:
@@ -94,6 +106,8 @@ class Partition:
     backward_weight: fx.GraphModule | None = None
     held: list[Held] = field(default_factory=list)
     backward_weight_outputs: list[OutputSpec] = field(default_factory=list)
+    coverage: dict[fx.Node, Taken] = field(default_factory=dict)
+    """What runs each node; written by the backend. Nodes that are missing are run by the backend that was asked for."""
 
     @property
     def modules(self) -> list[fx.GraphModule]:
@@ -130,6 +144,9 @@ def stages_of(graph: JointGraph) -> dict[fx.Node, Stage]:
             stages[node] = "backward"
         elif moved:
             stages[node] = moved  # type: ignore[assignment]
+        elif isinstance(value(node), torch.SymInt):
+            # a size of a forward value is taken there: the value is not saved for it
+            stages[node] = "forward"
         else:
             stages[node] = "backward" if is_backward(node) else "forward"
     _sink_views(graph, stages)
@@ -175,7 +192,8 @@ def partition(graph: JointGraph) -> Partition:
     )
     order["weight"] = cheapest_order(graph, order["weight"], list(weight_outputs.values()), held, descending=True)
     carried = _carried([n for n in wanted if n not in forward_outputs.values()], order["backward"], set(held))
-    saved = [Saved(n, n in carried, _bytes(n)) for n in wanted]
+    overwritten = {Buffer(s.name) if isinstance(s, BufferUpdate) else s.index for s in outputs if _overwrites(s)}
+    saved = [_saved(n, n in carried, overwritten) for n in wanted]
     results = list(dict.fromkeys(forward_outputs.values()))
     forward_inputs = _inputs(order["forward"], [*results, *wanted])
     tangents = [n for n in graph.nodes if _is_tangent(n)]
@@ -218,6 +236,19 @@ def _bytes(node: fx.Node) -> int:
     return nbytes(value(node))
 
 
+def _overwrites(spec: OutputSpec) -> bool:
+    return isinstance(spec, (BufferUpdate, InputUpdate))
+
+
+def _saved(node: fx.Node, carried: bool, overwritten: set[Any]) -> Saved:
+    spec = spec_of(node)
+    if node.op != "placeholder":
+        return Saved(node, carried, nbytes(value(node)))
+    copied = spec in overwritten or (isinstance(spec, UserInput) and spec.index in overwritten)
+    # the counter is made anew for each call
+    return Saved(node, carried, nbytes(value(node)) if copied or isinstance(spec, Counter) else 0, copied)
+
+
 def _in_forward(spec: OutputSpec, node: fx.Node, stages: dict[fx.Node, Stage]) -> bool:
     # a gradient leaves through autograd in the backward, whenever it was computed
     return not isinstance(spec, Grad) and stages.get(node, "forward") == "forward"
@@ -256,6 +287,70 @@ def _carried(wanted: Sequence[fx.Node], backward: Sequence[fx.Node], held: set[f
         if info(users[0]).scales and users[0].args[0] is node:
             found[node] = users[0]
     return found
+
+
+def save_sizes(part: Partition, symbols: Iterable[Any], stage: Stage) -> None:
+    """Let a later stage know the sizes that these symbols stand for, for backends whose code needs each by itself.
+
+    Raises:
+        BackendError: No value of the forward tells one of them.
+    """
+    module = part.backward if stage == "backward" else part.backward_weight
+    assert module is not None
+    for symbol in symbols:
+        node = _size_of(part, symbol)
+        part.stages[node] = "forward"
+        part.order["forward"].append(node)
+        # the backward reads the first of the saved values, the weight stage any of them
+        position = part.read_by_backward if stage == "backward" else len(part.saved)
+        part.saved.insert(position, Saved(node, False, 0))
+        part.held = [
+            Held(one.node, one.saved + 1 if one.saved >= position else one.saved, one.nbytes) for one in part.held
+        ]
+        _append_result(part.forward, node, part.result_count + position)
+        if stage == "backward":
+            _insert_input(module, node, position)
+            part.read_by_backward += 1
+        else:
+            _insert_input(module, node, len(part.held))
+            part.held.append(Held(node, position, 0))
+    part.forward.recompile()
+    module.recompile()
+
+
+def _append_result(module: fx.GraphModule, node: fx.Node, position: int) -> None:
+    graph = module.graph
+    made = {n.meta.get("aten", n.name): n for n in graph.nodes}
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        size = graph.node_copy(node, lambda n: made.get(n) or made[n.name])
+    size.meta = {**node.meta, "aten": node}
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    results.insert(position, size)
+    output.args = (tuple(results),)
+
+
+def _insert_input(module: fx.GraphModule, node: fx.Node, position: int) -> None:
+    graph = module.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    before = inputs[position] if position < len(inputs) else next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(before):
+        fed = graph.placeholder(node.name)
+    fed.meta = dict(node.meta)
+
+
+def _size_of(part: Partition, symbol: Any) -> fx.Node:
+    """A node that computes one size, from an input of the forward or, if it depends on data, from a value of it."""
+    fed = [n for n in part.graph.nodes if n.op == "placeholder" and spec_of(n) in part.forward_inputs]
+    for node in [*fed, *part.order["forward"]]:
+        for dim, size in enumerate(getattr(value(node), "shape", ())):
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                like = NodeInfo(role=Role.FORWARD)
+                return part.graph.emit(torch.ops.aten.sym_size.int, (node, dim), like=like, val=size)
+    raise BackendError(
+        f"a later stage needs the size {symbol}, which is no dimension of a value of the forward",
+        remedy="compile with dynamic=None, or with backend='eager'",
+    )
 
 
 def _inputs(order: Sequence[fx.Node], results: Iterable[fx.Node]) -> list[fx.Node]:

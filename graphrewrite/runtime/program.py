@@ -15,18 +15,13 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import base_of, owns_no_memory
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
-    Buffer,
-    BufferUpdate,
     Counter,
     Grad,
     InputSpec,
-    InputUpdate,
     OutputSpec,
     StateUpdate,
     Tangent,
-    UserInput,
     info,
-    spec_of,
 )
 from graphrewrite.graph.partition import Partition
 from graphrewrite.pipeline import PassRecord
@@ -80,20 +75,10 @@ class Program:
         for i, tangent in enumerate(part.tangents):
             self.tangent_slots[outputs[tangent.output]] = i
         self.plain_outputs = [i for i, slot in enumerate(self.tangent_slots) if slot < 0]
-        mutated = {s.name for s in outputs if isinstance(s, BufferUpdate)}
-        written = {s.index for s in outputs if isinstance(s, InputUpdate)}
         kept = [s for s in part.saved if not s.carried]
         self._tensor_saved = [i for i, s in enumerate(part.saved) if not s.carried and _is_tensor(s.node)]
         self._other_saved = [i for i, s in enumerate(part.saved) if s.carried or not _is_tensor(s.node)]
-        self._clone = {
-            i
-            for i, s in enumerate(part.saved)
-            if isinstance(spec := spec_of(s.node) if s.is_input else None, (Buffer, UserInput))
-            and (
-                (isinstance(spec, Buffer) and spec.name in mutated)
-                or (isinstance(spec, UserInput) and spec.index in written)
-            )
-        }
+        self._clone = [i for i, s in enumerate(part.saved) if s.copied]
         self.has_carried = len(kept) != len(part.saved)
         self._depends = _tangent_dependence(part, part.backward_outputs)
         specs = part.backward_weight_outputs
