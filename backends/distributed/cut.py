@@ -386,7 +386,7 @@ def _outlines(modules: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> l
     found = [values]
     for i, module in enumerate(modules):
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        fakes = {name: mode.from_tensor(held) for name, held in state.items()}
+        fakes: dict[str, torch.Tensor] = {name: mode.from_tensor(held) for name, held in state.items()}
         with mode, torch.enable_grad(), torch.random.fork_rng(devices=[]):
             outputs = functional_call(module, fakes, values)
         values = outputs if isinstance(outputs, tuple) else (outputs,)

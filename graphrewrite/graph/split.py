@@ -106,9 +106,9 @@ def _torn(waiting: dict[fx.Node, None], backward: list[fx.Node]) -> list[fx.Node
 def _place(graph: JointGraph, backward: list[fx.Node], waiting: dict[fx.Node, None]) -> dict[fx.Node, None]:
     """Choose what is held between the stages: a minimum cut, in bytes.
 
-    What the backward computes of forward values alone (a decoded or recomputed activation) may be computed in the weight
-    stage instead of being held. Products are not repeated for it, and cotangents stay where they are: they are what the
-    first stage is for.
+    What the backward computes of forward values alone (a decoded or recomputed activation) may be computed in the
+    weight stage instead of being held. Products are not repeated for it, and cotangents stay where they are: they are
+    what the first stage is for.
 
     Returns:
         What both stages compute; what only the weight stage reads is added to `waiting`.
