@@ -14,15 +14,16 @@ from torch import nn
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.analysis.sparsity import tap_zeros
+from graphrewrite.backends import Run, Taken
 from graphrewrite.capture import Captured, capture
-from graphrewrite.errors import VerifyError
+from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Grad, StateUpdate, Tap, UserInput, info
-from graphrewrite.graph.partition import partition
+from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, Tap, UserInput, info
+from graphrewrite.graph.partition import Partition, partition
 from graphrewrite.graph.verify import has_random, verify
 from graphrewrite.inputs import Inputs
 from graphrewrite.pipeline import Callback, Pass, PassEvent, PassManager, PassRecord
@@ -54,10 +55,13 @@ class Options:
     loss: Callable[[Any, Any], torch.Tensor]
     blocks: Blocks = "auto"
     backend: str = "eager"
+    fallback: Literal["eager"] | None = None
     passes: tuple[Pass, ...] = ()
+    compress: Pass | None = None
     dynamic: Any = "auto"
     verify: Verification = "structure"
     seed: int = 0
+    split_backward: bool = False
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
 
 
@@ -85,7 +89,8 @@ def build_program(
     pipeline.stage("capture", graph)
     # what follows works on the captured graph itself
     forward_graph = graph.copy()
-    rules = options.rules.in_use(graph)
+    # local rules put passes and losses of their own in the place of the captured ones: the others build on that
+    rules = sorted(options.rules.in_use(graph), key=lambda entry: entry[1].objective != "local")
     for leaf, node in graph.inputs.items():
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
@@ -107,7 +112,8 @@ def build_program(
         else:
             rule.rewrite_forward(graph)
     if kind == "feedback":
-        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, StateUpdate)})
+        kept = (StateUpdate, ParameterUpdate)
+        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, kept)})
     elif kind in ("answers", "sparsity"):
         if kind == "sparsity":
             graph.prune()
@@ -121,19 +127,34 @@ def build_program(
         graph.prune()
     operator = graph
     graph = pipeline.expand(graph)
-    graph = pipeline.run([textform.build("pass", name) for name in CLEANUP], graph)
+    split = options.split_backward and kind in ("forward", "loss")
+    # the halves of a convolution's backward run in different stages then
+    cleanup = [name for name in CLEANUP if not (split and name == "merge_convolution_backward")]
+    graph = pipeline.run([textform.build("pass", name) for name in cleanup], graph)
     if kind == "loss" and any(rule.objective == "local" or rule.early_backward for _, rule in rules):
         graph = pipeline.run([textform.build("pass", "early_local_backward")], graph)
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
     extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
+    graph.context.example = probe  # type: ignore[assignment]
+    if options.compress is not None and kind in ("forward", "loss"):
+        extra.append(options.compress)
     if extra:
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
+    if split:
+        graph = pipeline.run([textform.build("pass", "split_backward")], graph)
     part = partition(graph)
-    forward, backward = registry.find("backend", options.backend)(part)
+    forward, backward, *weight = _lower(part, options)
+    if part.backward_weight is not None and not weight:
+        raise BackendError(
+            f"backend {options.backend!r} lowers no weight stage",
+            remedy="compile without split_backward, or with backend='eager'",
+        )
     text, guards = make_guards(captured.graph if operator is captured.graph else graph)
     captured = dataclasses.replace(captured, graph=forward_graph)
-    program = Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
+    program = Program(
+        captured, operator, part, forward, backward, pipeline.history, text, guards, weight[0] if weight else None
+    )
     pipeline.finish(program)
     return program
 
@@ -151,6 +172,18 @@ def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, tar
     assign_blocks(captured.graph, model, options.blocks)
     options.rules.assign(captured.graph)
     return captured
+
+
+def _lower(part: Partition, options: Options) -> Sequence[Run]:
+    """The stages as callables; by eager, with the reason in the report, where the backend cannot and it is allowed."""
+    try:
+        return registry.find("backend", options.backend)(part)  # type: ignore[no-any-return]
+    except BackendError as error:
+        if options.fallback is None:
+            raise
+        taken = Taken("eager", reason=error.message)
+        part.coverage = {node: taken for node in part.graph.nodes if node.op == "call_function"}
+        return registry.find("backend", options.fallback)(part)  # type: ignore[no-any-return]
 
 
 def _wants_gradient(spec: Any, inputs: Inputs) -> bool:

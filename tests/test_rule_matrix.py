@@ -24,10 +24,15 @@ FEEDBACK = [
     "straight_through",
     "reinmax",
 ]
+FORWARD = ["pepita", "foton", "forward_gradient", "likelihood_ratio", "zeroth_order"]
+ENERGY = ["predictive_coding"]
 LOCAL = ["ff", "mono_forward", "local_loss", "lls"]
 MODELS = {
     **dict.fromkeys(FEEDBACK, ("mlp", "cnn", "resnet", "gpt2", "bert", "vit", "gcn", "gat", "lstm")),
     **dict.fromkeys(LOCAL, ("mlp", "cnn", "resnet", "vit", "gpt2", "gcn")),
+    **dict.fromkeys(ENERGY, ("mlp", "cnn", "resnet", "vit", "gcn")),
+    "equilibrium_propagation": ("mlp",),
+    **dict.fromkeys(FORWARD, ("mlp", "cnn", "resnet", "vit", "gcn")),
     "counter_current": ("mlp", "cnn"),
     "forward_gnn": ("gcn", "gat", "sage"),
 }
@@ -42,6 +47,7 @@ def pairs():
             yield pytest.param(rule, model, marks=marks, id=f"{rule}-{model}")
 
 
+@pytest.mark.filterwarnings("ignore:.*times the squared gradient.*:UserWarning")
 @pytest.mark.parametrize(("rule", "model"), list(pairs()))
 def test_rule_trains_model(rule, model):
     found = matrix.outcome(rule, model)
