@@ -257,10 +257,9 @@ def test_says_why_an_operator_was_not_taken():
     assert "found no operator" in said
     assert_close(train_step(compiled, x, y), eager_grads(model, F.cross_entropy(model(x), y)), rtol=1e-12)
     # asked for by name, it is an error that names the place
+    squares = nn.Sequential(nn.Linear(4, 6), Act(lambda h: h**2), nn.Linear(6, 3)).double()
     with pytest.raises(gr.RuleError, match="unbounded") as caught:
-        compiled_with(
-            nn.Sequential(nn.Linear(4, 6), Act(lambda h: h**2), nn.Linear(6, 3)).double(), {"1": "fewbit"}, x, y
-        )
+        compiled_with(squares, {"1": "fewbit"}, x, y)
     assert "module 1" in str(caught.value)
 
 
@@ -294,10 +293,8 @@ def test_with_other_rules(rule):
     fns = [F.gelu, F.silu]
     compiled = compiled_with(model, "fewbit{bits=2,always=true}", x, y, rule, blocks="layers", seed=3)
     built_in = with_tables(model, fns, [table(fn, 2) for fn in fns])
-    reference = gr.compile(built_in, rule, example_inputs=x, example_targets=y, blocks="layers", seed=3, dynamic=None)
-    plain = gr.compile(
-        copy.deepcopy(model), rule, example_inputs=x, example_targets=y, blocks="layers", seed=3, dynamic=None
-    )
+    reference = compiled_with(built_in, None, x, y, rule, blocks="layers", seed=3)
+    plain = compiled_with(copy.deepcopy(model), None, x, y, rule, blocks="layers", seed=3)
     found, wanted, exact = (train_step(c, x, y) for c in (compiled, reference, plain))
     assert_close(found, wanted, rtol=1e-9)
     assert (found["0.weight"] - exact["0.weight"]).norm() > 1e-3 * exact["0.weight"].norm()

@@ -79,21 +79,22 @@ def test_all_rows_of_an_orthonormal_transform_are_exact(name):
 # --- randomised linear layers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sketch", ["rademacher", *(pytest.param(s, marks=SLOW) for s in ("gaussian", "dct", "fft"))])
-def test_weight_gradients_are_those_of_the_sketch(sketch):
-    """Gradient by gradient from the formula; 256 steps are unbiased; everything else is exact."""
+@pytest.mark.parametrize(
+    ("sketch", "steps"), [("rademacher", 2), *(pytest.param(s, 256, marks=SLOW) for s in SKETCHES if s != "rows")]
+)
+def test_weight_gradients_are_those_of_the_sketch(sketch, steps):
+    """Gradient by gradient from the formula; the mean of many steps is unbiased; everything else is exact."""
     model, (x, y) = net(), batch()
     compiled = compiled_with(model, f"randomized_linear{{rate=0.3,sketch={sketch}}}", x, y, seed=11)
     exact = eager_grads(model, flat_loss(model(x), y))
     rows, k = 35, 11  # ceil(0.3 * 35)
     with torch.no_grad():
         first = F.gelu(model[0](x)).flatten(0, 1)
-        second = F.gelu(model[2](first)).requires_grad_()
-    g = torch.autograd.grad(F.cross_entropy(model[4](second), y.flatten()), second)[0]
-    out = model[4](second.detach())
-    top = (out.softmax(-1) - F.one_hot(y.flatten(), 3)).detach() / rows
+        second = F.gelu(model[2](first))
+    out = model[4](second).detach()
+    top = (out.softmax(-1) - F.one_hot(y.flatten(), 3)) / rows
     draws = []
-    for step in range(256):
+    for step in range(steps):
         found = train_step(compiled, x, y)
         draws.append(found["2.weight"])
         for name in ("0.weight", "0.bias", "2.bias", "4.bias"):
@@ -102,20 +103,21 @@ def test_weight_gradients_are_those_of_the_sketch(sketch):
             # the counter is (seed, step, rank); of the two streams one is this layer's
             near = [
                 (SKETCHES[sketch](torch.tensor([11, step, 0]), s, top, k).T)
-                @ SKETCHES[sketch](torch.tensor([11, step, 0]), s, second.detach(), k)
+                @ SKETCHES[sketch](torch.tensor([11, step, 0]), s, second, k)
                 for s in (1, 2)
             ]
             assert min((n - found["4.weight"]).norm() for n in near) < 1e-12
-    stack = torch.stack(draws)
-    z = (stack.mean(0) - exact["2.weight"]) / (stack.std(0) / 16)
-    assert (z.abs() < 3).double().mean() >= 0.95
-    assert z.abs().max() < UNBIASED + 0.5
-    assert g.shape == second.shape
+    if steps > 2:
+        stack = torch.stack(draws)
+        z = (stack.mean(0) - exact["2.weight"]) / (stack.std(0) / steps**0.5)
+        assert (z.abs() < 3).double().mean() >= 0.95
+        assert z.abs().max() < UNBIASED + 0.5
     assert "it reads an input, which is not stored" in reasons(compiled, "randomized_linear")
     report = compiled.report().saved_bytes
     plain = compiled_with(model, None, x, y).report().saved_bytes
     assert plain - report == 8 * (35 - k) * (6 + 5)
-    assert report == saved_bytes(lambda: compiled.loss(x, y), [*model.parameters(), x, y, compiled._counter()])
+    # autograd holds the counter, too: three numbers made for the call, an input of the graph
+    assert report + 24 == saved_bytes(lambda: compiled.loss(x, y), [*model.parameters(), x, y])
 
 
 def test_every_token_is_backpropagation_and_the_batch_may_change():

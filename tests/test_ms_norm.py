@@ -13,7 +13,6 @@ import graphrewrite as gr
 from graphrewrite.testing.memory import saved_bytes
 from helpers import eager_grads, train_step
 
-
 SLOW = pytest.mark.slow
 
 
