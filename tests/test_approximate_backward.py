@@ -181,15 +181,12 @@ def test_saved_bytes_are_those_of_packed_codes():
     """Odd sizes: 7 x 5 x 9 elements per activation; what autograd holds is what the report says, and the formula."""
     model = nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Linear(9, 9), Written(), nn.Linear(9, 3))
     x, y = torch.randn(7, 5, 4), torch.randint(0, 3, (7, 5))
-    exact = gr.compile(model, example_inputs=x, example_targets=y, dynamic=None)
-    known = [*model.parameters(), x, y]
-    count, full = 7 * 5 * 9, exact.report().saved_bytes
+    known, count = [*model.parameters(), x, y], 7 * 5 * 9
     compiled = compiled_with(model, ["fewbit{bits=3}"], x, y)
     report = compiled.report().saved_bytes
     assert report == saved_bytes(lambda: compiled.loss(x, y), [*known, *constants(compiled)])
     # left: two inputs of linear layers, the loss's own, and the codes; the written-out GELU kept four tensors
     assert report == 2 * 4 * count + 2 * packed_size(count, 3) + 4 * 7 * 5 * 3 + 4
-    assert report < 0.5 * full
 
 
 def constants(compiled) -> list[torch.Tensor]:

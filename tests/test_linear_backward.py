@@ -47,7 +47,7 @@ def reasons(compiled, name: str) -> str:
 @pytest.mark.parametrize("name", SKETCHES)
 def test_sketches_are_unbiased(name):
     """E[(S g)ᵀ (S x)] = gᵀ x: a z-test of every entry over 512 steps, at an odd number of rows."""
-    rows, k, steps = 11, 4, 512
+    rows, k, steps = 9, 4, 256
     x, g = torch.randn(rows, 3).double(), torch.randn(rows, 2).double()
     both = torch.cat([g, x], 1)
     draws = []
@@ -62,7 +62,7 @@ def test_sketches_are_unbiased(name):
     if name == "gaussian":
         # Var = (|x|² |g|² + |gᵀx|²) / k, summed over all entries
         expected = (x.norm() ** 2 * g.norm() ** 2 + wanted.norm() ** 2) / k
-        assert found.var(0).sum() == pytest.approx(expected.item(), rel=0.15)
+        assert found.var(0).sum() == pytest.approx(expected.item(), rel=0.25)
     # the same numbers again from the same counter, others from another stream
     again = SKETCHES[name](torch.tensor([5, 0, 0]), 2, both, k)
     assert torch.equal(again[:, :2].T @ again[:, 2:], draws[0])
@@ -114,8 +114,8 @@ def test_weight_gradients_are_those_of_the_sketch(sketch, steps):
         assert z.abs().max() < UNBIASED + 0.5
     assert "it reads an input, which is not stored" in reasons(compiled, "randomized_linear")
     report = compiled.report().saved_bytes
-    plain = compiled_with(model, None, x, y).report().saved_bytes
-    assert plain - report == 8 * (35 - k) * (6 + 5)
+    # the arguments of GELU, the loss's own, and two sketches
+    assert report == 8 * 35 * (6 + 5) + 8 * (35 * 3 + 1) + 8 * k * (6 + 5)
     # autograd holds the counter, too: three numbers made for the call, an input of the graph
     assert report + 24 == saved_bytes(lambda: compiled.loss(x, y), [*model.parameters(), x, y])
 
@@ -216,9 +216,8 @@ def test_hot_is_its_formula(options, rank, bits, cotangent_bits):
     else:
         assert_close({"4.bias": found["4.bias"]}, {"4.bias": exact["4.bias"]}, rtol=1e-12)
         report = compiled.report().saved_bytes
-        plain = compiled_with(model, None, x, y).report().saved_bytes
         stored = math.ceil(3 * rank * 6 * bits / 8) + math.ceil(3 * rank * 5 * bits / 8) + 2 * 3 * rank * 8
-        assert plain - report == 8 * 35 * (6 + 5) - stored
+        assert report == 8 * 35 * (6 + 5) + 8 * (35 * 3 + 1) + stored
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

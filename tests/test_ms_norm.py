@@ -166,6 +166,7 @@ def test_says_why_a_norm_was_not_taken():
     assert_near(train_step(compiled, x, y), eager_grads(again, flat_loss(again(x), y)), 1e-12)
 
 
+@SLOW
 def test_with_a_codec_and_a_sketch():
     """The linear layer's input is a norm's: the first pass that comes takes it, the second says so."""
     model, (x, y) = stack("layer_norm"), batch()
