@@ -8,7 +8,20 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from graphrewrite.cli.options import Blocks, Debug, Json, Loss, Rule, Seed, Target, one_rule
+from graphrewrite.cli.options import (
+    Blocks,
+    Budget,
+    Compress,
+    Debug,
+    Json,
+    Loss,
+    Rule,
+    Seed,
+    Target,
+    budget_of,
+    codecs_of,
+    one_rule,
+)
 from graphrewrite.cli.show import human_bytes, print_json, print_lines, print_table, row, table
 
 if TYPE_CHECKING:
@@ -24,6 +37,8 @@ if TYPE_CHECKING:
 def memory(
     target: Target,
     rule: Rule = None,
+    compress: Compress = None,
+    budget: Budget = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run a step and measure its peak as well.")] = False,
     blocks: Blocks = "auto",
     loss: Loss = None,
@@ -43,7 +58,7 @@ def memory(
     from graphrewrite.report.memory import by_layer
 
     loaded = load_target(target, blocks=blocks, loss=loss, seed=seed)
-    compiled = loaded.compile(wanted)
+    compiled = loaded.compile(wanted, codecs_of(compress), budget_of(budget))
     report = compiled.report()
     partition = compiled.program().partition
     curves = {"forward": forward_curve(partition), "backward": backward_curve(partition)}
@@ -111,7 +126,7 @@ def _table(groups: list[LayerGroup]) -> Table:
     from graphrewrite.report.memory import range_of
 
     numbers = ["in one layer", "in all"]
-    made = table(["layer", "value of", "type", "kind", *numbers], right=numbers)
+    made = table(["layer", "value of", "type", "kind", "codec", *numbers], right=numbers)
     for group in groups:
         for i, value in enumerate(group.values):
             source = f"{value.operator}, {value.module}" if value.module else value.operator
@@ -121,6 +136,7 @@ def _table(groups: list[LayerGroup]) -> Table:
                 source,
                 value.type,
                 value.kind,
+                value.codec,
                 human_bytes(value.nbytes),
                 human_bytes(value.nbytes * len(group.layers)),
             )
@@ -154,7 +170,14 @@ def _group(group: LayerGroup) -> dict[str, Any]:
         "layers": list(group.layers),
         "bytes": group.nbytes,
         "values": [
-            {"module": v.module, "operator": v.operator, "type": v.type, "kind": v.kind, "bytes": v.nbytes}
+            {
+                "module": v.module,
+                "operator": v.operator,
+                "type": v.type,
+                "kind": v.kind,
+                "codec": v.codec,
+                "bytes": v.nbytes,
+            }
             for v in group.values
         ],
     }

@@ -138,7 +138,8 @@ def partition(graph: JointGraph) -> Partition:
     order = cheapest_order(graph, order, [*forward_outputs.values(), *wanted])
     backward_nodes = cheapest_order(graph, backward_nodes, list(backward_outputs.values()), wanted, descending=True)
     carried = _carried([n for n in wanted if n not in forward_outputs.values()], backward_nodes)
-    overwritten = {Buffer(s.name) if isinstance(s, BufferUpdate) else s.index for s in outputs if _overwrites(s)}
+    overwritten: set[Any] = {Buffer(s.name) for s in outputs if isinstance(s, BufferUpdate)}
+    overwritten |= {s.index for s in outputs if isinstance(s, InputUpdate)}
     saved = [_saved(n, n in carried, overwritten) for n in wanted]
     results = list(dict.fromkeys(forward_outputs.values()))
     forward_inputs = _inputs(order, [*results, *wanted])
@@ -161,10 +162,6 @@ def partition(graph: JointGraph) -> Partition:
         stages,
         {"forward": order, "backward": backward_nodes},
     )
-
-
-def _overwrites(spec: OutputSpec) -> bool:
-    return isinstance(spec, (BufferUpdate, InputUpdate))
 
 
 def _saved(node: fx.Node, carried: bool, overwritten: set[Any]) -> Saved:

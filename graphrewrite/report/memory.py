@@ -21,6 +21,7 @@ class LayerValue:
         operator: What computed it.
         type: dtype and shape.
         kind: As in `SavedRow`.
+        codec: As in `SavedRow`.
         nbytes: Bytes in one layer.
     """
 
@@ -28,6 +29,7 @@ class LayerValue:
     operator: str
     type: str
     kind: str
+    codec: str
     nbytes: int
 
 
@@ -54,7 +56,7 @@ def by_layer(rows: Sequence[SavedRow], order: Sequence[str]) -> list[LayerGroup]
     layers: dict[str, list[LayerValue]] = {}
     for row in rows:
         if row.nbytes:
-            value = LayerValue(_below(row.module, row.block), row.operator, row.type, row.kind, row.nbytes)
+            value = LayerValue(_below(row.module, row.block), row.operator, row.type, row.kind, row.codec, row.nbytes)
             layers.setdefault(row.block, []).append(value)
     groups: dict[tuple[LayerValue, ...], list[str]] = {}
     rank = {name: i for i, name in enumerate(order)}
