@@ -101,6 +101,7 @@ def build_program(
             rule.rewrite_feedback(graph)
         else:
             graph = pipeline.run([rule], graph, rule_key=key)
+    graph.table.require_derivatives()
     if kind == "feedback":
         kept = (StateUpdate, ParameterUpdate)
         graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, kept)})

@@ -14,7 +14,6 @@ from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
-    LOSS_BLOCK,
     NodeInfo,
     Param,
     Role,
@@ -121,8 +120,9 @@ def where_samples_meet(graph: JointGraph, answer: fx.Node, perturbed: Sequence[f
         if not _keeps_batch(node, batch):
             return node, f"dimension 0 of {_shape(node)} is not the batch"
         reached.add(node)
+    before = _before(answer)
     for op in graph.forward_nodes():
-        if info(op).copy or info(op).block == LOSS_BLOCK or not any(n in reached for n in op.all_input_nodes):
+        if op not in before or not any(n in reached for n in op.all_input_nodes):
             continue
         if not graph.table.requires_grad(op) or isinstance(value(op), torch.SymInt):
             continue
@@ -131,6 +131,17 @@ def where_samples_meet(graph: JointGraph, answer: fx.Node, perturbed: Sequence[f
             return op, f"{op.target} may mix samples"
         reached.add(op)
     return None
+
+
+def _before(answer: fx.Node) -> set[fx.Node]:
+    """What a value is computed from, itself included."""
+    found, stack = {answer}, [answer]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
 
 
 def _keeps_batch(node: fx.Node, batch: str) -> bool:

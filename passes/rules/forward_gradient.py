@@ -80,7 +80,9 @@ class ForwardGradient(Rule):
         known("distribution", self.distribution, ("normal", "signs"))
         known("per_sample", self.per_sample, ("auto", "always", "never"))
         if self.tangents < 1:
-            raise RuleError(f"tangents={self.tangents} gives no direction to differentiate along", remedy="use 1 or more")
+            raise RuleError(
+                f"tangents={self.tangents} gives no direction to differentiate along", remedy="use 1 or more"
+            )
         if not graph.has_loss:
             raise RuleError(
                 f"{self.name} needs the targets in the graph",
@@ -149,7 +151,7 @@ class ForwardGradient(Rule):
 
     @staticmethod
     def _slope_per_sample(graph: JointGraph, task: Task, moved: fx.Node) -> fx.Node:
-        """e . J u per sample: the derivative of each sample's own loss."""
+        """Error times J u, per sample: the derivative of each sample's own loss."""
 
         def slope(moved: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
             products = task.error(*values) * moved
