@@ -183,6 +183,36 @@ def test_blocks_in_front_get_the_estimate_as_their_cotangent():
     assert delta.abs().max() > 0
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_local_guesses_by_hand(separate):
+    """G = (dL . v) v / |v|^2 along the gradient of the heads' losses; the last block and the heads learn exactly."""
+    model, (x, y) = net(), batch()
+    rule = f"forward_gradient{{perturb=weights,guess=local,separate={str(separate).lower()}}}"
+    compiled = compiled_for(model, rule, x, y)
+    heads = {n.rpartition(".head.")[2]: p for n, p in compiled.named_parameters() if ".head." in n}
+    with torch.no_grad():
+        for p in heads.values():  # at zero, the heads' first value, there is nothing to guess
+            p.copy_(torch.randn_like(p))
+    (3 * compiled.loss(x, y)).backward()
+    hidden = [x, torch.tanh(model[0](x))]
+    hidden.append(torch.relu(model[2](hidden[1].detach())))
+    guesses = {}
+    for name, h in (("0", hidden[1]), ("2", hidden[2])):
+        local = F.cross_entropy(F.linear(h, heads[f"{name}.weight"], heads[f"{name}.bias"]), y)
+        params = [model[int(name)].weight, model[int(name)].bias]
+        found = torch.autograd.grad(local, [*params, heads[f"{name}.weight"]])
+        guesses |= dict(zip((f"{name}.weight", f"{name}.bias"), found, strict=False))
+        assert_close({"head": heads[f"{name}.weight"].grad}, {"head": 3 * found[2]})
+    exact = eager_grads(model, F.cross_entropy(model(x), y))
+    expected = {n: exact[n] for n in ("4.weight", "4.bias")}
+    for group in [["0.weight", "0.bias"], ["2.weight", "2.bias"]] if separate else [list(guesses)]:
+        slope = sum((exact[n] * guesses[n]).sum() for n in group)
+        square = sum(guesses[n].square().sum() for n in group)
+        expected |= {n: slope * guesses[n] / square for n in group}
+    assert_close({n: p.grad / 3 for n, p in model.named_parameters()}, expected)
+    assert compiled.report().certificates["0"].update_locked
+
+
 # --- unbiased, and how noisy -----------------------------------------------------------------------------------------
 
 
@@ -353,7 +383,11 @@ def test_refuses_operators_without_a_jvp(between, text):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [("tangents=0", "no direction"), ("perturb=noise", "perturb='noise' is unknown")],
+    [
+        ("tangents=0", "no direction"),
+        ("perturb=noise", "perturb='noise' is unknown"),
+        ("guess=local", "a local guess is one direction for the weights"),
+    ],
 )
 def test_refuses_options(options, text):
     x, y = batch()

@@ -175,13 +175,13 @@ def _product(op: fx.Node, positions: Sequence[int]) -> Callable[..., torch.Tenso
         moved = dict(zip(positions, given[count:], strict=True))
         sizes = iter(given[len(factors) : count])
         rest = fx.map_arg(tuple(leaves[len(factors) :]), lambda _: next(sizes))
-        total = None
+        total: torch.Tensor | None = None
         for position in (0, 1):
             if position not in moved:
                 continue
             one = [moved.get(p, given[p]) if p == position else given[p] for p in (0, 1)]
             bias = [moved.get(2) if position == 1 else None] if biased else []
-            part = target(*one, *bias, *rest, **op.kwargs)
+            part: torch.Tensor = target(*one, *bias, *rest, **op.kwargs)
             total = part if total is None else total + part
         assert total is not None
         return total

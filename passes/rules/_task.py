@@ -104,7 +104,7 @@ class Task:
 
         if self.averages_classes:
             return F.cross_entropy(answer, targets[0], reduction="none", ignore_index=IGNORED)
-        return torch.func.vmap(one)(answer, *targets)  # type: ignore[no-any-return]
+        return torch.func.vmap(one)(answer, *targets)
 
     def why_no_mean(self) -> str | None:
         """Why the loss is not known to be the mean of the losses of the samples; None if it is.
