@@ -64,11 +64,15 @@ CASES: tuple[tuple[Callable[[], Any], Any, tuple[str, ...]], ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; 0: count only")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--models", nargs="+", default=[make.__name__ for make, _, _ in CASES], help="which to run")
+    given = parser.parse_args()
+    rounds = given.rounds
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
     rows = []
     for make, blocks, rules in CASES:
+        if make.__name__ not in given.models:
+            continue
         model, x, y = make()
         exact, exact_step = build(model, "bp", x, y, blocks)
         reference = count(exact.graph("aten"))

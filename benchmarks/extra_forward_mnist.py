@@ -56,8 +56,10 @@ def main() -> None:
     layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(given.width, 10))
     rules = [text.partition("@")[0] for text in given.rules]
-    rates = {rule.partition("{")[0]: float(text.partition("@")[2]) for rule, text in zip(rules, given.rules, strict=True)
-             if "@" in text}  # fmt: skip
+    rates = {}
+    for rule, text in zip(rules, given.rules, strict=True):
+        if "@" in text:
+            rates[rule.partition("{")[0]] = float(text.partition("@")[2])
     budget = Budget(epochs=given.epochs, batch=given.batch, rate=given.rate, rates=rates)
     example = Split(data.train.x[: given.batch], data.train.y[: given.batch])
     learners = side_by_side(model, rules, example, budget, blocks="layers")

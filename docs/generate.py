@@ -1,4 +1,4 @@
-"""Write the pages that come from the code: `docs/rules.md`, `docs/passes.md` and `docs/cli_reference.md`.
+"""Write the pages that come from the code: `rules.md`, `rule_models.md`, `passes.md` and `cli_reference.md`.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # exit code 1 if a committed page is not what would be written
@@ -7,6 +7,7 @@ python docs/generate.py --check    # exit code 1 if a committed page is not what
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from graphrewrite.cli.app import app
 from graphrewrite.cli.listing import options_of
 from graphrewrite.errors import GraphRewriteError
 from graphrewrite.report.certificates import PROPERTIES
+from graphrewrite.testing import zoo
 
 FOLDER = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py from the code; edit that instead. -->"
@@ -27,6 +29,13 @@ NOTE = "<!-- Written by docs/generate.py from the code; edit that instead. -->"
 ABOUT = (
     "What each rule does, with the certificate that is proved for it on a net of three linear layers with two `tanh` "
     'between them, `blocks="layers"`. `graphrewrite certify TARGET` proves it for your own model.'
+)
+
+
+ABOUT_MODELS = (
+    "Which rule trains which kind of model, with its default options and blocks: every pair took two steps, at the "
+    "captured batch size and at another one; losses, gradients and predictions were finite and every weight moved. "
+    "Where a rule refuses, its own message says why. `python benchmarks/rule_models.py` tries the pairs."
 )
 
 
@@ -66,6 +75,34 @@ def rules_page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def rule_models_page() -> str:
+    """Rules times models, from what `benchmarks/rule_models.py` found."""
+    path = FOLDER.parent / "benchmarks" / "results" / "rule_models.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    models = list(max((row["models"] for row in rows), key=len))
+    reasons: dict[str, int] = {}
+    parts = [
+        "# Rules and models",
+        NOTE,
+        "",
+        ABOUT_MODELS,
+        "",
+        "| rule | " + " | ".join(models) + " |",
+        "|---|" + "---|" * len(models),
+    ]
+    for row in rows:
+        cells = []
+        for found in (row["models"].get(model, "") for model in models):
+            tried = {"trains": "yes", "": "not tried"}
+            cells.append(tried.get(found) or f"no ({reasons.setdefault(found, len(reasons) + 1)})")
+        parts.append(f"| [`{row['rule']}`](rules.md#{row['rule']}) | {' | '.join(cells)} |")
+    parts += ["", "Why not:", ""] if reasons else []
+    parts += [f"{number}. {_cell(reason)}" for reason, number in reasons.items()]
+    described = [(name, inspect.getdoc(zoo.factory(name)) or "") for name in models]
+    parts += ["", "The models:", "", *(f"- `{name}`: {_cell(text)}" for name, text in described)]
+    return "\n".join(parts) + "\n"
+
+
 def passes_page() -> str:
     """The catalogue of passes and codecs."""
     parts = ["# Passes and codecs", NOTE, ""]
@@ -99,7 +136,12 @@ def cli_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-PAGES = {"rules.md": rules_page, "passes.md": passes_page, "cli_reference.md": cli_page}
+PAGES = {
+    "rules.md": rules_page,
+    "rule_models.md": rule_models_page,
+    "passes.md": passes_page,
+    "cli_reference.md": cli_page,
+}
 
 
 def outdated() -> list[str]:

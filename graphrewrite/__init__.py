@@ -27,6 +27,7 @@ __all__ = [
     "PassResult",
     "Rule",
     "RuleError",
+    "SavedCodec",
     "VerifyError",
     "__version__",
     "compile",
@@ -48,6 +49,7 @@ _PUBLIC = {
     "JointGraph": "graphrewrite.graph.joint",
     "Block": "graphrewrite.graph.core",
     "Codec": "graphrewrite.graph.codec",
+    "SavedCodec": "graphrewrite.graph.codec",
     "Pass": "graphrewrite.pipeline",
     "PassManager": "graphrewrite.pipeline",
     "PassResult": "graphrewrite.pipeline",
@@ -64,7 +66,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from graphrewrite.api import compile
     from graphrewrite.errors import BackendError, CaptureError, GraphRewriteError, RuleError, VerifyError
-    from graphrewrite.graph.codec import Codec
+    from graphrewrite.graph.codec import Codec, SavedCodec
     from graphrewrite.graph.core import Block
     from graphrewrite.graph.joint import JointGraph
     from graphrewrite.inputs import Inputs

@@ -188,11 +188,18 @@ def _value_text(held: Any, where: str) -> str:
     if callable(held):
         return _callable_text(held, where)
     if isinstance(held, tuple):
-        return json.dumps(list(held))
+        return json.dumps(_plain(held))
     try:
         return json.dumps(held)
     except TypeError:
         return str(held)
+
+
+def _plain(held: Any) -> Any:
+    """Tuples as lists, and what has a text form of its own as that text."""
+    if isinstance(held, (tuple, list)):
+        return [_plain(one) for one in held]
+    return to_text(held) if dataclasses.is_dataclass(held) else held
 
 
 def _callable_text(held: Callable[..., Any], where: str) -> str:

@@ -33,6 +33,7 @@ CALLS = {
     "certify": [["certify", ":mlp", "--rule", "dfa"], ["certify", ":tokens", "--rule", "bp"]],
     "memory": [["memory", ":deep"], ["memory", ":mlp", "--rule", "ff", "--measure"]],
     "schedule": [["schedule", ":deep", "--rule", "ff"], ["schedule", ":untaught"]],
+    "pipeline": [["schedule", ":deep", "--pipeline", "ZBVZeroBubble", "--stages", "4"]],
     "dump": [["dump", ":mlp", "{folder}/dump"]],
     "compare": [["compare", ":separable", "--rules", "bp,dfa", *FAST]],
     "rules": [["rules"]],

@@ -58,7 +58,7 @@ class Target:
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     seed: int = 0
 
-    def compile(self, rule: RuleText) -> CompiledModule:
+    def compile(self, rule: RuleText, *, split_backward: bool = False) -> CompiledModule:
         """The model, compiled under a rule and captured for the example batch."""
         rules = RuleMap.of(rule)
         needy = [one.name for one in rules.rules if one.needs_loss]
@@ -76,6 +76,7 @@ class Target:
                 blocks=self.blocks,
                 loss=self.loss,
                 seed=self.seed,
+                split_backward=split_backward,
             )
 
     def forward_graph(self, rule: RuleText) -> JointGraph:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import fx
 
-from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels
+from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, unreduced_losses
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import base_of, drop_mutation, written_bases
 from graphrewrite.graph.nodes import (
@@ -41,6 +41,7 @@ from graphrewrite.graph.nodes import (
 from graphrewrite.graph.ops import call_operator, is_impure
 
 if TYPE_CHECKING:
+    from graphrewrite.graph.codec import Treatment
     from graphrewrite.graph.differentiate import Backward
 
 Level = Literal["forward", "operator", "aten"]
@@ -89,6 +90,8 @@ class Context:
         training: Whether the graph was captured in training mode.
         seed: The user's seed.
         label_classes: Set by rules that read the targets as class indices: how many classes there are.
+        example: Example values of a graph's placeholders, for passes that measure.
+        bp_bytes: What backpropagation saves between forward and backward; None where this graph is backpropagation.
     """
 
     loss: Callable[[Any, Any], torch.Tensor] | None = None
@@ -97,6 +100,8 @@ class Context:
     training: bool = True
     seed: int = 0
     label_classes: int | None = None
+    example: Callable[[GraphCore], list[Any]] | None = None
+    bp_bytes: int | None = None
 
 
 @dataclass
@@ -129,6 +134,8 @@ class GraphCore:
         self.backward: Backward | None = None
         self.context = Context()
         self.log = Log()
+        self.treatments: list[Treatment] = []
+        """What compression did to the values that the backward reads."""
         self.current_pass = "capture"
         self.streams = 0
         """How many random streams are in use; see `stream()`."""
@@ -220,6 +227,7 @@ class GraphCore:
             shape_env.ignore_fresh_unbacked_symbols() if forget else contextlib.nullcontext(),  # type: ignore[union-attr]
             self.fake_mode,
             native_kernels(),
+            unreduced_losses(),
             enable_python_dispatcher(),
             torch.amp.autocast("cpu", enabled=False),
             torch.amp.autocast("cuda", enabled=False),
@@ -398,6 +406,8 @@ class GraphCore:
                 self._refuse_mutation(node)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 node_info = like(node) if callable(like) else like
+                if "gr" in node.meta:  # `labelled` says what this part is for
+                    node_info = node.meta["gr"].but(stage=node.meta["gr"].stage or node_info.stage)
                 env[node] = self.emit(
                     node.target, args, kwargs, like=node_info, name=node.name, val=node.meta.get("val")
                 )
@@ -546,7 +556,11 @@ class GraphCore:
         for new in env.values():
             if "gr" in new.meta:
                 old = new.meta["gr"]
-                new.meta["gr"] = old.but(mirrors=env.get(old.mirrors), cotangent_of=env.get(old.cotangent_of))
+                new.meta["gr"] = old.but(
+                    mirrors=env.get(old.mirrors),
+                    cotangent_of=env.get(old.cotangent_of),
+                    encodes=env.get(old.encodes),
+                )
         other = type(self)(fx.GraphModule(self.module, graph), level=self.level, fake_mode=self.fake_mode)
         other.blocks = list(self.blocks)
         other.leaves = {env[n]: None for n in self.leaves}
@@ -556,6 +570,7 @@ class GraphCore:
         other.aliases = dict(self.aliases)
         other.context = self.context
         other.log = Log(list(self.log.entries))
+        other.treatments = list(self.treatments)
         other.current_pass = self.current_pass
         other.streams = self.streams
         other.passes = list(self.passes)

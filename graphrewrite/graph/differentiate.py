@@ -61,10 +61,11 @@ class Pullback:
     Attributes:
         op: The forward operator.
         part: `"d"`: cotangents of activations; `"w"`: gradients of parameters; `"vjp"`: both at once.
-        wrt: Positions in `flat_inputs(op)` that get a cotangent.
+        wrt: Positions in `sources` that get a cotangent.
         replaced: Positions of primals that the derivative reads in another form -> the node it reads instead.
         bwd: A PyTorch function in the place of the derivative: `bwd(residuals, *cotangents) -> cotangents of wrt`.
         residuals: Nodes handed to `bwd` as a tuple.
+        inputs: Where `bwd` is the derivative of several operators, of which `op` is the last: their inputs.
     """
 
     op: fx.Node
@@ -74,6 +75,7 @@ class Pullback:
     bwd: Bwd | None = None
     residuals: tuple[fx.Node, ...] = ()
     role: Role | None = None
+    inputs: tuple[fx.Node, ...] = ()
     # what the row is made of at present
     cotangents: tuple[fx.Node | None, ...] | None = None
     active: tuple[int, ...] = ()
@@ -83,6 +85,11 @@ class Pullback:
     def plain(self) -> bool:
         """Whether the row is the operator's own derivative."""
         return self.bwd is None and not self.replaced
+
+    @property
+    def sources(self) -> Sequence[fx.Node]:
+        """The values that the row's cotangents go back to."""
+        return self.inputs or flat_inputs(self.op)
 
     def reset(self) -> None:
         """Forget the nodes, so that the next propagation makes new ones."""
@@ -410,8 +417,9 @@ class Backward:
         reached = any(c is not None for c in cotangents)
         by_position: dict[int, fx.Node] = {}
         for row in self.rows(op):
+            sources = row.sources
             active = tuple(
-                p for p in row.wrt if reached and inputs[p] in self._live and (inputs[p], op) not in self.cuts
+                p for p in row.wrt if reached and sources[p] in self._live and (sources[p], op) not in self.cuts
             )
             if (row.cotangents, row.active) != (cotangents, active):
                 old = row.results
@@ -427,7 +435,11 @@ class Backward:
                 for position, before in old.items():
                     if position in row.results:
                         self._hand_over(before, row.results[position])
-            by_position.update(row.results)
+            if row.inputs:
+                for position, result in row.results.items():
+                    terms.setdefault(sources[position], []).append(result)
+            else:
+                by_position.update(row.results)
         for position in self._arrival(inputs, sorted(by_position), tape):
             terms.setdefault(inputs[position], []).append(by_position[position])
 
@@ -496,7 +508,7 @@ class Backward:
                 module=info(row.op).module,
                 remedy="return one per differentiable input of the part, None for none",
             )
-        inputs = flat_inputs(row.op)
+        inputs = row.sources
         results: dict[int, fx.Node] = {}
         for result, position in zip(made, row.wrt, strict=True):
             if result is None or position not in active:
@@ -519,12 +531,13 @@ class Backward:
         self, op: fx.Node, cotangents: Mapping[fx.Node, fx.Node], wanted: Collection[fx.Node] | None
     ) -> dict[fx.Node, list[fx.Node]]:
         """Nodes of an operator's pullbacks on given cotangents, without a place in the table."""
-        tape, inputs, outputs = self.tape(op), flat_inputs(op), outputs_of(op)
+        tape, outputs = self.tape(op), outputs_of(op)
         found: dict[fx.Node, list[fx.Node]] = {}
         if tape is None:
             return found
         given = tuple(cotangents.get(outputs[i]) if i in outputs else None for i in range(len(tape.outputs)))
         for row in self.rows(op):
+            inputs = row.sources
             active = tuple(
                 p for p in row.wrt if not self.is_weightlike(inputs[p]) and (wanted is None or inputs[p] in wanted)
             )
@@ -597,6 +610,7 @@ class Backward:
                     row.bwd,
                     moved(row.residuals),  # type: ignore[arg-type]
                     row.role,
+                    moved(row.inputs),  # type: ignore[arg-type]
                     None if row.cotangents is None else moved(row.cotangents),
                     row.active,
                     {p: env[n] for p, n in row.results.items()},

@@ -14,18 +14,21 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `clone_forward` | a second forward pass on other inputs, same parameters |
 | `pull_back` | one operator's derivative, applied to another cotangent beside the backward |
 | `drop_backward` | delete the backward |
+| `repeat` | an inner loop with state, kept as one callable sub-graph |
 | `push_forward` | a JVP beside the forward: tangents of what depends on perturbed values |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
 | `update_parameter` | a phase between steps writes a parameter |
 | `encode_saved` | store a saved tensor in another form |
 | `map_gradient` | the gradient of a leaf becomes a function of a gradient and other values |
 | `recompute` | compute a saved tensor again in the backward |
+| `split_backward` | weight gradients run in a stage of their own, behind the input cotangents |
 | `tap` | expose a value as an output |
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,7 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import views_of
 from graphrewrite.graph.core import GraphCore, StateInit
 from graphrewrite.graph.differentiate import Backward, MappedGradient, Part, Pullback
+from graphrewrite.graph.loop import OPERATOR, trace_body
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
     BufferUpdate,
@@ -48,19 +52,25 @@ from graphrewrite.graph.nodes import (
     StateUpdate,
     Tangent,
     Tap,
+    dense_order,
+    fixed,
     flat_inputs,
     info,
     is_backward,
     is_float,
     is_getitem,
     producer,
+    runs_later,
     value,
 )
 from graphrewrite.graph.ops import is_impure
 from graphrewrite.graph.pushforward import push_forward
+from graphrewrite.random import uniform
+from graphrewrite.textform import to_text
 
 if TYPE_CHECKING:
     from graphrewrite.graph.codec import Codec
+    from graphrewrite.graph.split import Split
 
 
 class JointGraph(GraphCore):
@@ -144,7 +154,8 @@ class JointGraph(GraphCore):
     ) -> fx.Node:
         """Cut `boundary` and let `signal(*inputs)` be its cotangent.
 
-        From the boundary down to the previous cut the derivative stays exact. The signal of a leaf is its gradient.
+        From the boundary down to the previous cut the derivative stays exact. For a leaf, whose cotangent is its
+        gradient, the signal is the gradient.
 
         Args:
             boundary: A forward value, or a leaf.
@@ -247,6 +258,36 @@ class JointGraph(GraphCore):
         table.seeds.clear()
         table.propagate()
 
+    # --- loops -----------------------------------------------------------------------------------------------------
+
+    def repeat(
+        self,
+        body: Callable[..., Sequence[torch.Tensor]],
+        state: Sequence[fx.Node],
+        steps: int,
+        *,
+        inputs: Sequence[fx.Node] = (),
+        like: NodeInfo,
+    ) -> list[fx.Node]:
+        """An inner loop, kept as one callable sub-graph: the graph is as large for many steps as for one.
+
+        Args:
+            body: `body(*state, *inputs) -> next state`, an ordinary PyTorch function; it may call
+                `torch.autograd.grad`. Parts of it may say what they are for, by `graphrewrite.graph.loop.labelled`.
+            state: The initial state; it keeps its shapes and dtypes.
+            steps: How often the body runs.
+            inputs: What every step reads.
+            like: Role, block and module of the loop, and of what its body does not label.
+
+        Returns:
+            The nodes of the final state.
+        """
+        if steps < 0:
+            raise RuleError(f"a loop of {steps} steps", module=like.module)
+        traced = trace_body(self, body, state, inputs, like)
+        node = self.emit(OPERATOR, (list(state), list(inputs), steps, traced.number), like=like, name="repeat")
+        return [self.emit(operator.getitem, (node, i), like=like) for i in range(len(state))]
+
     def push_forward(self, tangents: Mapping[fx.Node, fx.Node], *, copy: str = "") -> dict[fx.Node, fx.Node]:
         """Add a forward-mode pass: the JVP of every operator that depends on a perturbed value.
 
@@ -281,8 +322,9 @@ class JointGraph(GraphCore):
         fwd: Callable[..., Any] | None = None,
         residuals: Sequence[fx.Node] | None = None,
         part: Part | None = None,
+        inputs: Sequence[fx.Node] | None = None,
     ) -> None:
-        """Give one operator another derivative, as `jax.custom_vjp`.
+        """Give one operator, or several at once, another derivative, as `jax.custom_vjp`.
 
         Args:
             node: A forward operator.
@@ -293,8 +335,14 @@ class JointGraph(GraphCore):
                 tensor inputs. Only what it returns is saved.
             residuals: Instead of `fwd`: existing nodes. Default: the operator's inputs, then its outputs.
             part: `"d"` (activations), `"w"` (parameters); None: whatever the operator has as one row.
+            inputs: `node` is the last of several operators, and these are the values that all of them together are a
+                function of: `bwd` returns a cotangent for each. What lies between gets none through `node` any more.
         """
-        row = self.pullback(node, part)
+        if inputs is None:
+            row = self.pullback(node, part)
+        else:
+            row = Pullback(node, "vjp", tuple(range(len(inputs))), inputs=tuple(inputs))
+            self._table().pullbacks[node] = [row]
         if fwd is not None:
             like = info(node).but(mirrors=None)
             made = self.splice(fwd, flat_inputs(node), like=like, whole=False)
@@ -337,9 +385,9 @@ class JointGraph(GraphCore):
         table = self._table()
         found = list(table.seeds.get(node, ()))
         for consumer in consumers:
-            inputs = flat_inputs(consumer)
             for row in table.rows(consumer):
-                found += [held for position, held in row.results.items() if inputs[position] is node]
+                sources = row.sources
+                found += [held for position, held in row.results.items() if sources[position] is node]
         return found
 
     def replace_primal(
@@ -565,10 +613,19 @@ class JointGraph(GraphCore):
 
     # --- saved values, taps ----------------------------------------------------------------------------------------
 
-    def encode_saved(self, node: fx.Node, codec: Codec) -> list[fx.Node]:
+    def encode_saved(
+        self, node: fx.Node, codec: Codec, readers: Collection[fx.Node] | None = None, *, prune: bool = True
+    ) -> list[fx.Node]:
         """Let the backward read a value, and views of it, from `codec`'s encoding; the forward reads it as it is.
 
-        ATen level only: there every value that the backward reads is visible.
+        ATen level only: there every value that the backward reads is visible. The value is encoded right behind the
+        operator that computes it, and decoded right before its first reader.
+
+        Args:
+            node: A value that owns its memory.
+            codec: Gets the elements in the order in which they lie in memory.
+            readers: Which operators of the backward read the encoding; None: all that read the value or a view of it.
+            prune: Remove what nothing reads any more; a pass that encodes many values does it once, at the end.
 
         Returns:
             The nodes that are saved in the place of the value.
@@ -576,36 +633,100 @@ class JointGraph(GraphCore):
         if self.level != "aten":
             raise RuleError("encode_saved works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
         aliases = [node, *views_of(node)]
-        readers = {alias: [user for user in alias.users if is_backward(user)] for alias in aliases}
-        first = next((users[0] for users in readers.values() if users), None)
-        if first is None:
+        wanted = {
+            alias: [user for user in alias.users if runs_later(user) and (readers is None or user in readers)]
+            for alias in aliases
+        }
+        if not any(wanted.values()):
             return []
-        own = info(node).but(mirrors=None)
-        made = self.splice(codec.encode, [node], like=own, whole=False)
-        residuals = list(made) if isinstance(made, (tuple, list)) else [made]
-        back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors)
+        first = min(user for users in wanted.values() for user in users)
+        own, val = info(node), value(node)
+        order = dense_order(val)
+        if order is None:
+            raise RuleError(
+                "a value whose elements leave gaps in memory cannot be encoded", node=node.name, module=own.module
+            )
+        if getattr(codec, "positional", False):
+            order = tuple(range(val.ndim))
+        straight = order == tuple(range(val.ndim))
+        sizes = [self._size(of, dim) for of, dim in getattr(codec, "sizes", ())]
+        symbols = [s for s in sizes if isinstance(s, fx.Node)]
+        stream = self.stream() if getattr(codec, "random", False) else 0
+        shape = [self._size(node, dim) for dim in order]
+        mark = self.output_node.prev
 
-        def decode(*stored: torch.Tensor) -> torch.Tensor:
-            return codec.decode(stored, value(node))
+        def with_sizes(given: Iterator[Any]) -> list[Any]:
+            return [next(given) if isinstance(s, fx.Node) else s for s in sizes]
 
-        decoded = self.splice(decode, residuals, like=back, whole=False)
-        if tuple(value(decoded).shape) != tuple(value(node).shape) or value(decoded).dtype != value(node).dtype:
+        def store(tensor: torch.Tensor, *rest: Any) -> Any:
+            given = iter(rest)
+            numbers = with_sizes(given)
+            laid_out = tensor if straight else tensor.permute(order)
+            if not stream:
+                return codec.encode(laid_out, *numbers)
+            counter = next(given)
+            return codec.encode(laid_out, *numbers, draw=lambda size: uniform(counter, stream, size))  # type: ignore[call-arg]
+
+        like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
+        made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)
+        residuals: list[fx.Node] = list(made) if isinstance(made, (tuple, list)) else [made]
+        self._move(mark, max([node, *symbols]).next)
+
+        def restore(*given: Any) -> torch.Tensor:
+            stored, rest = given[: len(residuals)], iter(given[len(residuals) :])
+            numbers = with_sizes(rest)
+            dims = [next(rest) if isinstance(s, fx.Node) else s for s in shape]
+            decoded = codec.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
+            return decoded if straight else decoded.permute([order.index(d) for d in range(len(order))])
+
+        back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors, stage="", block=info(first).block)
+        mark = self.output_node.prev
+        dynamic = [s for s in shape if isinstance(s, fx.Node)]
+        decoded = self.splice(restore, [*residuals, *symbols, *dynamic], like=back, whole=False)
+        if tuple(value(decoded).shape) != tuple(val.shape) or value(decoded).dtype != val.dtype:
             raise RuleError(f"{codec} decodes to another shape or dtype", node=node.name, module=own.module)
         standing = {node: decoded}
         for alias in aliases[1:]:
             args, kwargs = fx.map_arg((alias.args, alias.kwargs), lambda n: standing.get(n, n))
             standing[alias] = self.emit(alias.target, args, kwargs, like=back, val=alias.meta["val"])  # type: ignore[arg-type]
-        for alias, users in readers.items():
+        self._move(mark, first)
+        for alias, users in wanted.items():
             for user in users:
                 user.replace_input_with(alias, standing[alias])
-        self.prune(backward_only=True)
-        self.sort()
+        if prune:
+            self.prune(backward_only=True)
         return residuals
+
+    def _size(self, node: fx.Node, dim: int) -> fx.Node | int:
+        """A size of a value as a number, or as a node of the forward."""
+        known = fixed(value(node).shape[dim])
+        if known is not None:
+            return known
+        target = torch.ops.aten.sym_size.int
+        for user in node.users:
+            if user.target is target and user.args == (node, dim) and not is_backward(user):
+                return user
+        made = self.emit(target, (node, dim), like=info(node).but(mirrors=None))
+        if node.op != "placeholder":
+            node.append(made)
+        return made
+
+    def _move(self, mark: fx.Node, anchor: fx.Node) -> None:
+        """Move the operators behind `mark` in front of `anchor`."""
+        made = []
+        node = mark.next
+        while node is not self.output_node:
+            if node.op != "placeholder":
+                made.append(node)
+            node = node.next
+        for node in made:
+            anchor.prepend(node)
 
     def recompute(self, nodes: Collection[fx.Node]) -> int:
         """Let the backward compute forward values again instead of reading saved ones.
 
         ATen level only. Random and mutating operators are not repeated: what the backward needs of them stays saved.
+        What is repeated runs right before its first reader.
 
         Args:
             nodes: Forward operators; those of them that the backward needs, directly or for others, are repeated.
@@ -616,31 +737,56 @@ class JointGraph(GraphCore):
         if self.level != "aten":
             raise RuleError("recompute works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
         allowed = {n for n in nodes if not is_backward(n) and not is_impure(producer(n))}
+        position = {node: i for i, node in enumerate(self.nodes)}
+        # what each reader is given again, and what that needs, each in the graph's order
+        reader_of: dict[fx.Node, fx.Node] = {}
+        readers = [n for n in reversed(self.backward_nodes()) if runs_later(n)]
+        for reader in readers:
+            stack = [s for s in reader.all_input_nodes if isinstance(value(s), (torch.Tensor, tuple, list))]
+            while stack:
+                source = stack.pop()
+                if source in allowed:
+                    if source not in reader_of:
+                        stack += source.all_input_nodes
+                    reader_of[source] = reader
         repeated: dict[fx.Node, fx.Node] = {}
-
-        def repeat(node: fx.Node, reader: NodeInfo) -> fx.Node:
-            if node not in allowed:
-                return node
-            if node not in repeated:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeat(n, reader))
-                like = info(node).but(role=Role.COTANGENT, copy=reader.copy, block=reader.block)
-                repeated[node] = self.emit(
-                    node.target,  # type: ignore[arg-type]
-                    args,
-                    kwargs,
-                    like=like,
-                    name=f"{node.name}_again",
-                    val=node.meta["val"],
-                )
-            return repeated[node]
-
-        for reader in reversed(self.backward_nodes()):
+        for node in sorted(reader_of, key=position.__getitem__):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
+            own = info(reader_of[node])
+            repeated[node] = self.emit(
+                node.target,  # type: ignore[arg-type]
+                args,
+                kwargs,
+                like=info(node).but(role=Role.COTANGENT, copy=own.copy, block=own.block, stage=""),
+                name=f"{node.name}_again",
+                val=node.meta["val"],
+            )
+        for reader in readers:
             for source in reader.all_input_nodes:
-                if source in allowed and isinstance(value(source), (torch.Tensor, tuple, list)):
-                    reader.replace_input_with(source, repeat(source, info(reader)))
-        if repeated:
-            self.sort()
+                if source in repeated and isinstance(value(source), (torch.Tensor, tuple, list)):
+                    reader.replace_input_with(source, repeated[source])
+        for again in reversed(repeated.values()):
+            if again.users:
+                min(again.users).prepend(again)
+        self.prune(backward_only=True)
         return len(repeated)
+
+    def split_backward(self) -> Split:
+        """Let weight gradients, and what only they read or feed, run in a stage behind the input cotangents.
+
+        ATen level only. Call it last: nodes that are added later belong to the first stage.
+
+        Returns:
+            The nodes of the weight stage, and the gradients that stay in the first one, with the reason.
+        """
+        from graphrewrite.graph.split import find_weight_stage
+
+        if self.level != "aten":
+            raise RuleError("split_backward works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
+        found = find_weight_stage(self)
+        for node in found.nodes:
+            node.meta["gr"] = info(node).but(stage="weight")
+        return found
 
     def tap(self, node: fx.Node, name: str) -> None:
         """Expose a value (an activation, a cotangent) as an output named `name`."""

@@ -265,6 +265,8 @@ class NodeInfo:
         copy: Label of the forward pass the node belongs to; "" for the first one (`clone_forward`).
         stage: The stage a schedule pass moved the node to; "" where its role decides.
         scales: Whether the node does nothing but multiply a finished gradient by the loss's cotangent.
+        codec: For nodes that store a saved value in another form, the text form of the codec.
+        encodes: For the same nodes, the value.
     """
 
     role: Role = Role.FORWARD
@@ -279,6 +281,8 @@ class NodeInfo:
     copy: str = ""
     stage: str = ""
     scales: bool = False
+    codec: str = ""
+    encodes: fx.Node | None = None
 
     def but(self, **changes: Any) -> NodeInfo:
         """The same information with some fields changed."""
@@ -303,6 +307,11 @@ def value(node: fx.Node) -> Any:
 def is_backward(node: fx.Node) -> bool:
     """Whether a node belongs to the backward part of the graph."""
     return node.op == "call_function" and info(node).role in BACKWARD_ROLES
+
+
+def runs_later(node: fx.Node) -> bool:
+    """Whether a node belongs to the backward and was not moved to the forward by a schedule pass."""
+    return is_backward(node) and info(node).stage != "forward"
 
 
 def is_float(node: fx.Node) -> bool:
@@ -367,6 +376,24 @@ def fixed(size: Any) -> int | None:
         return size
     expr = size.node.expr
     return int(expr) if expr.is_number else None
+
+
+def dense_order(val: torch.Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the slowest to the fastest in memory; None if the elements leave gaps or overlap.
+
+    Dimensions of one element stay where they are: their strides mean nothing.
+    """
+    sizes, strides = [hint(s) for s in val.shape], [hint(s) for s in val.stride()]
+    if 0 in sizes:
+        return tuple(range(val.ndim))
+    long = sorted((d for d in range(val.ndim) if sizes[d] != 1), key=lambda d: -strides[d])
+    expected = 1
+    for dim in reversed(long):
+        if strides[dim] != expected:
+            return None
+        expected *= sizes[dim]
+    given = iter(long)
+    return tuple(next(given) if sizes[d] != 1 else d for d in range(val.ndim))
 
 
 def is_fake(val: Any) -> bool:

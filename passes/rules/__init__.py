@@ -7,6 +7,7 @@ REGISTRY = {
     "dfa": "graphrewrite.passes.rules.dfa:DirectFeedbackAlignment",
     "drtp": "graphrewrite.passes.rules.drtp:DirectRandomTargetProjection",
     "dual_propagation": "graphrewrite.passes.rules.dual_propagation:DualPropagation",
+    "equilibrium_propagation": "graphrewrite.passes.rules.equilibrium_propagation:EquilibriumPropagation",
     "fa": "graphrewrite.passes.rules.fa:FeedbackAlignment",
     "ff": "graphrewrite.passes.rules.ff:ForwardForward",
     "forward_gnn": "graphrewrite.passes.rules.forward_gnn:ForwardGNN",
@@ -21,8 +22,10 @@ REGISTRY = {
     "mono_forward": "graphrewrite.passes.rules.mono_forward:MonoForward",
     "pepita": "graphrewrite.passes.rules.pepita:Pepita",
     "pfa": "graphrewrite.passes.rules.pfa:ProductFeedbackAlignment",
+    "predictive_coding": "graphrewrite.passes.rules.predictive_coding:PredictiveCoding",
     "reinmax": "graphrewrite.passes.rules.reinmax:ReinMax",
     "straight_through": "graphrewrite.passes.rules.straight_through:StraightThrough",
     "usf": "graphrewrite.passes.rules.usf:UniformSignFeedback",
     "weight_mirror": "graphrewrite.passes.rules.weight_mirror:WeightMirror",
+    "zeroth_order": "graphrewrite.passes.rules.zeroth_order:ZerothOrder",
 }

@@ -1,0 +1,21 @@
+"""Four-bit group-wise codes of saved tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphrewrite.passes.compression._integers import GroupedInteger
+
+
+@dataclass(frozen=True)
+class Int4(GroupedInteger):
+    """Group-wise 4-bit integers; see `GroupedInteger` for the formula and the options."""
+
+    group: int = 128
+
+    name = "int4"
+    summary = "4-bit integers with a scale and a minimum for each group"
+    paper = "ActNN (Chen et al., 2021), GACT (Liu et al., 2022)"
+    error = "at most half a step, (max - min) / (2 * (2^4 - 1)); a whole one and unbiased with stochastic rounding"
+    width: ClassVar[int] = 4
