@@ -114,6 +114,7 @@ def build_program(
                 graph.tap(node, block)
         else:
             rule.rewrite_forward(graph)
+    graph.table.require_derivatives()
     if kind == "feedback":
         kept = (StateUpdate, ParameterUpdate)
         graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, kept)})
