@@ -784,8 +784,19 @@ class JointGraph(GraphCore):
         if self.level != "aten":
             raise RuleError("split_backward works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
         found = find_weight_stage(self)
+        repeated: dict[fx.Node, fx.Node] = {}
+        for node in found.again:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
+            like = info(node).but(stage="weight")
+            target: Any = node.target
+            repeated[node] = self.emit(target, args, kwargs, like=like, name=f"{node.name}_again", val=node.meta["val"])
         for node in found.nodes:
             node.meta["gr"] = info(node).but(stage="weight")
+            for source in node.all_input_nodes:
+                if source in repeated:
+                    node.replace_input_with(source, repeated[source])
+        if repeated:
+            self.sort()
         return found
 
     def tap(self, node: fx.Node, name: str) -> None:
