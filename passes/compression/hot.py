@@ -125,8 +125,9 @@ class HadamardTraining(ApproximateBackward):
             facing = weight if rows_first else weight.t()
             left = round_all(transform_last(as_rows(cotangent), held), bits)
             right = round_all(transform_last(facing.t(), held), bits)
-            product: torch.Tensor = (left @ right.t()).to(cotangent.dtype)
-            return product.view(*cotangent.shape[:-1], product.shape[-1])
+            product = (left @ right.t()).to(cotangent.dtype)
+            shaped: torch.Tensor = product.view(*cotangent.shape[:-1], product.shape[-1])
+            return shaped
 
         graph.replace_vjp(linear.op, bwd, residuals=[flat_inputs(linear.op)[linear.weight], matrix], part="d")
 
