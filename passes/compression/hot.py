@@ -126,8 +126,7 @@ class HadamardTraining(ApproximateBackward):
             left = round_all(transform_last(as_rows(cotangent), held), bits)
             right = round_all(transform_last(facing.t(), held), bits)
             product = (left @ right.t()).to(cotangent.dtype)
-            shaped: torch.Tensor = product.view(*cotangent.shape[:-1], product.shape[-1])
-            return shaped
+            return product.view(*cotangent.shape[:-1], product.shape[-1])
 
         graph.replace_vjp(linear.op, bwd, residuals=[flat_inputs(linear.op)[linear.weight], matrix], part="d")
 
@@ -143,7 +142,8 @@ def hadamard(size: int) -> torch.Tensor:
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     changes = (matrix[:, 1:] != matrix[:, :-1]).sum(1)
-    return matrix[changes.argsort()] / size**0.5
+    ordered: torch.Tensor = matrix[changes.argsort()] / size**0.5
+    return ordered
 
 
 def _matrix(graph: JointGraph, x: fx.Node, block: int) -> fx.Node:
