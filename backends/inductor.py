@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graphrewrite.backends import Run
+from graphrewrite.backends import Run, Taken
 from torch import fx
 
-from graphrewrite._compat import boxed, cpp_compiler, inductor_code, inductor_decompositions, make_fx
+from graphrewrite._compat import boxed, cpp_compiler, inductor_code, inductor_decompositions, make_fx, rerun
 from graphrewrite.errors import BackendError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import Tangent, spec_of, value
@@ -35,22 +35,42 @@ compiled_stages = 0
 """How many stages were compiled in this process."""
 
 
-def lower(part: Partition) -> tuple[Run, Run]:
-    """The forward and the backward as compiled callables.
+def lower(part: Partition) -> tuple[Run, ...]:
+    """Every stage as a compiled callable.
 
     Raises:
         BackendError: Inductor has no C++ compiler, or cannot compile an operator of the graph.
     """
     _require_compiler(part.graph)
-    traced = _trace(part.graph, part.forward, [_layout(part.graph, n) for n in _placeholders(part.forward)])
-    results = [_value(n) for n in _results(traced)]
-    missing = _unbound_sizes(part, results[part.result_count :])
+    part.coverage = {n: Taken("eager", reason=reason) for n in part.graph.nodes if (reason := _left_alone(n))}
+    traced, saved = _trace_forward(part)
+    backward_inputs = [*saved[: part.read_by_backward], *_cotangents(part)]
+    missing = _unbound_sizes(part.backward, backward_inputs)
     if missing:
-        save_sizes(part, missing)
-        traced = _trace(part.graph, part.forward, [_layout(part.graph, n) for n in _placeholders(part.forward)])
-        results = [_value(n) for n in _results(traced)]
+        save_sizes(part, missing, "backward")
+        traced, saved = _trace_forward(part)
+    if part.backward_weight is not None:
+        # what the backward hands on is laid out as its trace says; its sizes are all that matters here
+        handed = [value(one.node) for one in part.held if one.saved < 0]
+        missing = _unbound_sizes(part.backward_weight, [*(saved[h.saved] for h in part.held if h.saved >= 0), *handed])
+        if missing:
+            save_sizes(part, missing, "weight")
+            traced, saved = _trace_forward(part)
     forward = _Stage(part.forward, part.graph, "forward", traced).run
-    return forward, _backward(part, results[part.result_count :])
+    backward, handed = _backward(part, saved)
+    if part.backward_weight is None:
+        return forward, backward
+    return forward, backward, _weight_stage(part, part.backward_weight, saved, handed)
+
+
+def _trace_forward(part: Partition) -> tuple[fx.GraphModule, list[Any]]:
+    """The traced forward, and the fake values of what it saves."""
+    traced = _trace(part.graph, part.forward, [_layout(part.graph, n) for n in _placeholders(part.forward)])
+    return traced, [_value(n) for n in _results(traced)][part.result_count :]
+
+
+def _cotangents(part: Partition) -> list[Any]:
+    return [value(n) for n in _placeholders(part.backward)[part.read_by_backward :]]
 
 
 # --- stages --------------------------------------------------------------------------------------------------------
@@ -100,19 +120,25 @@ def _compile(graph: JointGraph, traced: fx.GraphModule, name: str) -> Run:
     return code
 
 
-def _backward(part: Partition, saved: Sequence[Any]) -> Run:
-    """The backward, without the finished gradients that are only scaled: those are scaled in place as they are."""
+def _backward(part: Partition, saved: Sequence[Any]) -> tuple[Run, list[Any]]:
+    """The backward, and the fake values of what it hands to the weight stage.
+
+    Finished gradients that are only scaled are no business of Inductor's: they are scaled in place as they are.
+    """
     module, carried = _without_carried(part.backward)
     kept = _placeholders(part.backward)
     layouts = [
-        *(_exactly(part.graph, made) for made in saved),
-        *(_layout(part.graph, tangent) for tangent in kept[len(saved) :]),
+        *(_exactly(part.graph, made) for made in saved[: part.read_by_backward]),
+        *(_layout(part.graph, tangent) for tangent in kept[part.read_by_backward :]),
     ]
-    used = [i for i, n in enumerate(kept) if n.name in {m.name for m in _placeholders(module)}]
+    names = {n.name for n in _placeholders(module)}
+    used = [i for i, n in enumerate(kept) if n.name in names]
     traced = _trace(part.graph, module, [layouts[i] for i in used])
     run = _Stage(module, part.graph, "backward", traced).run
+    results = [_value(n) for n in _results(traced)]
+    handed = results[len(part.backward_outputs) - len(carried) : len(results) - len(carried)]
     if not carried:
-        return run
+        return run, handed
 
     def scaled(values: list[Any]) -> Sequence[Any]:
         gradients = [values[one.position] for one in carried]
@@ -121,13 +147,18 @@ def _backward(part: Partition, saved: Sequence[Any]) -> Run:
         results = list(run(inputs))
         count = len(results) - len(carried)
         factors, results = results[count:], results[:count]
-        for one, gradient, factor in sorted(
-            zip(carried, gradients, factors, strict=True), key=lambda entry: entry[0].result
-        ):
+        # in the order of their positions, so that each lands where it belongs
+        for one, gradient, factor in zip(carried, gradients, factors, strict=True):
             results.insert(one.result, gradient.mul_(factor))
         return results
 
-    return scaled
+    return scaled, handed
+
+
+def _weight_stage(part: Partition, module: fx.GraphModule, saved: Sequence[Any], handed: Sequence[Any]) -> Run:
+    computed = iter(handed)
+    inputs = [_exactly(part.graph, saved[h.saved] if h.saved >= 0 else next(computed)) for h in part.held]
+    return _Stage(module, part.graph, "backward_weight", _trace(part.graph, module, inputs)).run
 
 
 @dataclass(frozen=True)
@@ -171,7 +202,7 @@ def _trace(graph: JointGraph, module: fx.GraphModule, inputs: Sequence[Any]) -> 
     """The stage as a functional graph of decomposed ATen calls."""
 
     def run(*values: Any) -> Any:
-        return fx.Interpreter(module).run(*values)
+        return rerun(module, values)
 
     with torch.no_grad(), graph.tracing(keep_new_symbols=True):
         traced = _traced(run, inputs)
@@ -207,13 +238,12 @@ def _exactly(graph: JointGraph, val: Any) -> Any:
         return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
-def _unbound_sizes(part: Partition, saved: Sequence[Any]) -> list[Any]:
-    """Symbols that the backward's values depend on and that no input of it tells."""
-    inputs = [*saved, *(value(n) for n in _placeholders(part.backward)[len(saved) :])]
+def _unbound_sizes(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Symbols that a stage's values depend on and that no input of it tells."""
     told = {expr for val in inputs for expr in _sizes(val) if getattr(expr, "is_symbol", False)}
     needed = {
         symbol
-        for val in [*inputs, *(n.meta.get("val") for n in part.backward.graph.nodes)]
+        for val in [*inputs, *(n.meta.get("val") for n in module.graph.nodes)]
         for expr in _sizes(val)
         for symbol in getattr(expr, "free_symbols", ())
     }
@@ -234,7 +264,7 @@ def _sizes(val: Any) -> list[Any]:
 
 def _from_outside(node: fx.Node, name: str) -> bool:
     """Whether the layout of an input is decided outside: all inputs of the forward, cotangents in the backward."""
-    return name == "forward" or isinstance(spec_of(node), Tangent)
+    return name == "forward" or (name == "backward" and isinstance(spec_of(node), Tangent))
 
 
 def _order(val: torch.Tensor) -> tuple[int, ...] | None:
@@ -258,6 +288,15 @@ def _require_compiler(graph: JointGraph) -> None:
             "Inductor finds no C++ compiler, which it needs on the CPU",
             remedy="install g++ or clang++, or set CXX; or compile with backend='eager'",
         )
+
+
+def _left_alone(node: fx.Node) -> str:
+    """Why Inductor's code calls an operator instead of containing it; "" where it does."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        return "random operators are called, to draw the numbers of eager mode"
+    return "" if node.target.namespace in ("aten", "prims") else "Inductor calls operators of libraries as they are"
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from graphrewrite.analysis.blocks import Blocks
 from graphrewrite.compiler import Options, Verification
 from graphrewrite.errors import GraphRewriteError
 from graphrewrite.objective import default_loss as default_loss
+from graphrewrite.passes.compression.compress_saved import split_compress
 from graphrewrite.pipeline import Pass, build_pass
 from graphrewrite.registry import find
-from graphrewrite.passes.compression.compress_saved import split_compress
 from graphrewrite.rule import RuleMap, RuleSpec
 from graphrewrite.runtime.module import CompiledModule
 
@@ -28,8 +28,11 @@ def compile(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     blocks: Blocks = "auto",
     compress: Any = None,
+    memory_budget: float | None = None,
     backend: str = "eager",
+    fallback: Literal["eager"] | None = None,
     passes: Sequence[Pass | str] = (),
+    split_backward: bool = False,
     dynamic: Any = "auto",
     verify: Verification = "structure",
     seed: int = 0,
@@ -45,8 +48,14 @@ def compile(
         blocks: `"auto"`, `"layers"`, or a list of module-path globs.
         compress: How saved values are stored: a codec's name (`"int4"`), text form (`"int4{group=64}"`) or object, a
             list of them (the first that accepts a value wins), or `{module glob: any of these}`.
-        backend: `"eager"`.
+        memory_budget: Choose per saved value among the codecs of `compress` (default: exact ones, bf16 and integers): a
+            float in (0, 1] is a fraction of backpropagation's saved bytes, an int is bytes.
+        backend: `"eager"`, `"inductor"` (compiled once for all sizes), `"triton"` (our kernels where their checker
+            accepts, eager elsewhere), or a registered name. `report().coverage` says what runs each node.
+        fallback: `"eager"`: what runs a graph that the backend cannot; None: that is a `BackendError`.
         passes: Extra passes; each declares `level`.
+        split_backward: Two-stage backward: `.backward()` computes the inputs' gradients and what cannot wait,
+            `backward_weight()` the weight gradients.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
         verify: `"off"`, `"structure"`, or `"numeric"` (passes that promise it are held to bitwise equality).
         seed: Seed of rule state and of the rules' random operators.
@@ -61,17 +70,21 @@ def compile(
     if verify not in ("off", "structure", "numeric"):
         raise GraphRewriteError(f"verify={verify!r} is unknown", remedy="use 'off', 'structure' or 'numeric'")
     find("backend", backend)
-    approximations, codecs = split_compress(compress)
+    if fallback not in (None, "eager"):
+        raise GraphRewriteError(f"fallback={fallback!r} is unknown", remedy="use 'eager' or None")
+    approximations, codecs = split_compress(compress, memory_budget)
     options = Options(
         rules=RuleMap.of(rule),
         loss=loss or default_loss,
         blocks=blocks if isinstance(blocks, str) else tuple(blocks),
         backend=backend,
+        fallback=fallback,
         passes=(*approximations, *(build_pass(p) for p in passes)),
         compress=codecs,
         dynamic=dynamic,
         verify=verify,
         seed=seed,
+        split_backward=split_backward,
     )
     compiled = CompiledModule(model, options)
     if example_inputs is not None:

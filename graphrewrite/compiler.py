@@ -14,15 +14,16 @@ from torch import nn
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.analysis.sparsity import tap_zeros
+from graphrewrite.backends import CODERS, Run, Taken
 from graphrewrite.capture import Captured, capture
-from graphrewrite.errors import VerifyError
+from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, Tap, UserInput, info
-from graphrewrite.graph.partition import partition
+from graphrewrite.graph.partition import Partition, partition
 from graphrewrite.graph.verify import has_random, verify
 from graphrewrite.inputs import Inputs
 from graphrewrite.pipeline import Callback, Pass, PassEvent, PassManager, PassRecord
@@ -54,11 +55,13 @@ class Options:
     loss: Callable[[Any, Any], torch.Tensor]
     blocks: Blocks = "auto"
     backend: str = "eager"
+    fallback: Literal["eager"] | None = None
     passes: tuple[Pass, ...] = ()
     compress: Pass | None = None
     dynamic: Any = "auto"
     verify: Verification = "structure"
     seed: int = 0
+    split_backward: bool = False
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
 
 
@@ -93,6 +96,9 @@ def build_program(
             graph.leaves[node] = None
     graph.current_pass = "differentiate"
     differentiate(graph, seeded=kind in ("forward", "loss", "evaluate"))
+    compresses = options.compress is not None and kind in ("forward", "loss")
+    if compresses and getattr(options.compress, "relative", False) and any(r.name != "bp" for _, r in rules):
+        graph.context.bp_bytes = _saved_by_backpropagation(graph)
     pipeline.stage("differentiate", graph)
     operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
     graph = pipeline.run([p for p in operator_passes if p.before_rules], graph)
@@ -108,6 +114,7 @@ def build_program(
                 graph.tap(node, block)
         else:
             rule.rewrite_forward(graph)
+    graph.table.require_derivatives()
     if kind == "feedback":
         kept = (StateUpdate, ParameterUpdate)
         graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, kept)})
@@ -124,21 +131,34 @@ def build_program(
         graph.prune()
     operator = graph
     graph = pipeline.expand(graph)
-    graph = pipeline.run([textform.build("pass", name) for name in CLEANUP], graph)
+    split = options.split_backward and kind in ("forward", "loss")
+    # the halves of a convolution's backward run in different stages then
+    cleanup = [name for name in CLEANUP if not (split and name == "merge_convolution_backward")]
+    graph = pipeline.run([textform.build("pass", name) for name in cleanup], graph)
     if kind == "loss" and any(rule.objective == "local" or rule.early_backward for _, rule in rules):
         graph = pipeline.run([textform.build("pass", "early_local_backward")], graph)
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
     extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
-    if options.compress is not None and kind in ("forward", "loss"):
+    graph.context.example = probe  # type: ignore[assignment]
+    if compresses and options.compress is not None:
         extra.append(options.compress)
     if extra:
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
+    if split:
+        graph = pipeline.run([textform.build("pass", "split_backward")], graph)
     part = partition(graph)
-    forward, backward = registry.find("backend", options.backend)(part)
+    forward, backward, *weight = _lower(part, options)
+    if part.backward_weight is not None and not weight:
+        raise BackendError(
+            f"backend {options.backend!r} lowers no weight stage",
+            remedy="compile without split_backward, or with backend='eager'",
+        )
     text, guards = make_guards(captured.graph if operator is captured.graph else graph)
     captured = dataclasses.replace(captured, graph=forward_graph)
-    program = Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
+    program = Program(
+        captured, operator, part, forward, backward, pipeline.history, text, guards, weight[0] if weight else None
+    )
     pipeline.finish(program)
     return program
 
@@ -153,9 +173,31 @@ def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, tar
         dynamic=options.dynamic,
     )
     captured.graph.context.seed = options.seed
+    if options.backend in CODERS:
+        captured.graph.context.coder = registry.load(CODERS[options.backend])
     assign_blocks(captured.graph, model, options.blocks)
     options.rules.assign(captured.graph)
     return captured
+
+
+def _lower(part: Partition, options: Options) -> Sequence[Run]:
+    """The stages as callables; by eager, with the reason in the report, where the backend cannot and it is allowed."""
+    try:
+        return registry.find("backend", options.backend)(part)  # type: ignore[no-any-return]
+    except BackendError as error:
+        if options.fallback is None:
+            raise
+        taken = Taken("eager", reason=error.message)
+        part.coverage = {node: taken for node in part.graph.nodes if node.op == "call_function"}
+        return registry.find("backend", options.fallback)(part)  # type: ignore[no-any-return]
+
+
+def _saved_by_backpropagation(graph: JointGraph) -> int:
+    """Bytes that the exact backward of a differentiated graph would save: what a relative budget is a fraction of."""
+    expanded = expand(graph.copy())
+    for name in CLEANUP:
+        expanded = textform.build("pass", name).run(expanded).graph
+    return partition(expanded).saved_bytes
 
 
 def _wants_gradient(spec: Any, inputs: Inputs) -> bool:

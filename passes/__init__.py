@@ -2,6 +2,7 @@
 
 REGISTRY = {
     "compress_saved": "graphrewrite.passes.compression.compress_saved:CompressSaved",
+    "plan_memory": "graphrewrite.passes.compression.plan_memory:PlanMemory",
     "reinmax": "graphrewrite.passes.rules.reinmax:ReinMax",
     "straight_through": "graphrewrite.passes.rules.straight_through:StraightThrough",
 }

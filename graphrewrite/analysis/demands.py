@@ -31,6 +31,7 @@ from graphrewrite.graph.nodes import (
     spec_of,
     value,
 )
+from graphrewrite.graph.ops import is_random
 from graphrewrite.graph.partition import Partition, Saved, partition
 from graphrewrite.graph.text import operator_name
 
@@ -206,11 +207,13 @@ def _data_dependent(graph: JointGraph) -> set[fx.Node]:
         if node.op == "placeholder":
             if not isinstance(spec_of(node), fixed):
                 found.add(node)
-        elif any(s in found and not isinstance(value(s), torch.SymInt) for s in node.all_input_nodes):
-            found.add(node)
-        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        elif is_random(node) or any(s in found and not _is_size(s) for s in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(value(node), torch.SymInt)
 
 
 def _readings(node: fx.Node) -> Iterator[Reading]:
@@ -277,4 +280,4 @@ def comparison_of(reader: fx.Node, position: int) -> Comparison | None:
 
 def is_pool_index(node: fx.Node) -> bool:
     """Whether a value is the index output of a max pooling."""
-    return is_getitem(node) and node.args[1] == 1 and producer(node).target is aten.max_pool2d_with_indices.default
+    return is_getitem(node) and node.args[1:] == (1,) and producer(node).target is aten.max_pool2d_with_indices.default

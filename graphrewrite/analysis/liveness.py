@@ -46,9 +46,17 @@ def forward_curve(part: Partition) -> Curve:
 def backward_curve(part: Partition) -> Curve:
     """Predicted live bytes of the backward stage, which starts with the saved values."""
     outputs = part.graph.outputs
-    kept = {base_of(outputs[spec]) for spec in part.backward_outputs}
+    kept = {base_of(outputs[spec]) for spec in part.backward_outputs} | {base_of(h.node) for h in part.held}
     order = part.order["backward"]
     return Curve(order, live_bytes(order, kept, [s.node for s in part.saved]))
+
+
+def weight_curve(part: Partition) -> Curve:
+    """Predicted live bytes of the weight stage of a split backward, which starts with the held values."""
+    outputs = part.graph.outputs
+    kept = {base_of(outputs[spec]) for spec in part.backward_weight_outputs}
+    order = part.order.get("weight", [])
+    return Curve(order, live_bytes(order, kept, [h.node for h in part.held]))
 
 
 class LiveBytes(TorchDispatchMode):

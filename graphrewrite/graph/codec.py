@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -41,7 +42,7 @@ class Declined:
 
 
 @dataclass(frozen=True)
-class SavedCodec:
+class SavedCodec(ABC):
     """A codec that says what it costs, how wrong it is, and which saved values it takes.
 
     The fields select values; a codec's own options come in front of them.
@@ -60,6 +61,7 @@ class SavedCodec:
         exact: Whether the gradients stay bitwise the same.
         dtypes: What it stores.
         positional: Whether dimensions mean something to it; else it gets the elements in the order of the memory.
+        on_host: Whether it stores in the memory of the CPU what lies on a device.
         how: `"encode"`: `encode` and `decode` are spliced in; `"recompute"`: the value is computed again;
             `"keep"`: it stays as it is.
     """
@@ -76,7 +78,16 @@ class SavedCodec:
     exact: ClassVar[bool] = False
     dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
     positional: ClassVar[bool] = False
+    on_host: ClassVar[bool] = False
     how: ClassVar[Literal["encode", "recompute", "keep"]] = "encode"
+
+    @abstractmethod
+    def encode(self, tensor: torch.Tensor) -> torch.Tensor | Sequence[torch.Tensor]:
+        """What is stored in the place of `tensor`; with `random`, takes `draw=` as well."""
+
+    @abstractmethod
+    def decode(self, residuals: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """A tensor with the shape and dtype of `like`."""
 
     @property
     def random(self) -> bool:
@@ -88,7 +99,7 @@ class SavedCodec:
         """Sizes of other values, as (value, dimension), that `encode` and `decode` get behind their own arguments."""
         return ()
 
-    def bits(self, dtype: torch.dtype) -> float:
+    def bits_per_element(self, dtype: torch.dtype) -> float:
         """Bits per element of a big tensor of this dtype."""
         return float(8 * dtype.itemsize)
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, unreduced_losses
 from graphrewrite.errors import RuleError
-from graphrewrite.graph.aliasing import base_of, written_bases
+from graphrewrite.graph.aliasing import base_of, drop_mutation, written_bases
 from graphrewrite.graph.nodes import (
     BACKWARD_ROLES,
     Constant,
@@ -90,6 +90,9 @@ class Context:
         training: Whether the graph was captured in training mode.
         seed: The user's seed.
         label_classes: Set by rules that read the targets as class indices: how many classes there are.
+        example: Example values of a graph's placeholders, for passes that measure.
+        bp_bytes: What backpropagation saves between forward and backward; None where this graph is backpropagation.
+        coder: What encodes and decodes in the place of a codec, to the same bits: a backend's kernels.
     """
 
     loss: Callable[[Any, Any], torch.Tensor] | None = None
@@ -98,6 +101,9 @@ class Context:
     training: bool = True
     seed: int = 0
     label_classes: int | None = None
+    example: Callable[[GraphCore], list[Any]] | None = None
+    bp_bytes: int | None = None
+    coder: Callable[[Any], Any] | None = None
 
 
 @dataclass
@@ -368,6 +374,7 @@ class GraphCore:
 
         with self.tracing(), contextlib.nullcontext() if not whole else torch.no_grad():
             traced = make_fx(flat, tracing_mode="real", pre_dispatch=whole, _allow_non_fake_inputs=True)(*fakes)
+        drop_mutation(traced.graph)
         results = self.inline(traced, slots, like=like)
         spec, made = structure[-1]
         given = iter(results)
@@ -395,7 +402,7 @@ class GraphCore:
                 results = list(fx.map_arg(node.args[0], env.__getitem__))
             elif node.op == "get_attr":
                 env[node] = self._attribute(traced, node, like)
-            elif node.target in _NO_OPS and not callable(like) and like.role in BACKWARD_ROLES:
+            elif node.target in _NO_OPS and not callable(like) and like.role in (*BACKWARD_ROLES, Role.TANGENT):
                 env[node] = env[node.args[0]]
             else:
                 self._refuse_mutation(node)

@@ -15,11 +15,13 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `pull_back` | one operator's derivative, applied to another cotangent beside the backward |
 | `drop_backward` | delete the backward |
 | `repeat` | an inner loop with state, kept as one callable sub-graph |
+| `push_forward` | a JVP beside the forward: tangents of what depends on perturbed values |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
 | `update_parameter` | a phase between steps writes a parameter |
 | `encode_saved` | store a saved tensor in another form |
 | `map_gradient` | the gradient of a leaf becomes a function of a gradient and other values |
 | `recompute` | compute a saved tensor again in the backward |
+| `split_backward` | weight gradients run in a stage of their own, behind the input cotangents |
 | `tap` | expose a value as an output |
 """
 
@@ -62,11 +64,13 @@ from graphrewrite.graph.nodes import (
     value,
 )
 from graphrewrite.graph.ops import is_impure
-from graphrewrite.random import uniform
+from graphrewrite.graph.pushforward import push_forward
+from graphrewrite.random import Uniform
 from graphrewrite.textform import to_text
 
 if TYPE_CHECKING:
     from graphrewrite.graph.codec import Codec
+    from graphrewrite.graph.split import Split
 
 
 class JointGraph(GraphCore):
@@ -163,8 +167,10 @@ class JointGraph(GraphCore):
             The node of the signal.
         """
         table = self._table()
-        like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary, spec=None)
-        like = like.but(block=table.block_of(boundary))
+        if boundary in self.leaves:
+            like = NodeInfo(role=Role.GRADIENT, block=table.block_of(boundary), cotangent_of=boundary)
+        else:
+            like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary)
         node: fx.Node = self.splice(signal, inputs, like=like, whole=False)
         want, got = value(boundary), value(node)
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
@@ -281,6 +287,22 @@ class JointGraph(GraphCore):
         traced = trace_body(self, body, state, inputs, like)
         node = self.emit(OPERATOR, (list(state), list(inputs), steps, traced.number), like=like, name="repeat")
         return [self.emit(operator.getitem, (node, i), like=like) for i in range(len(state))]
+
+    def push_forward(self, tangents: Mapping[fx.Node, fx.Node], *, copy: str = "") -> dict[fx.Node, fx.Node]:
+        """Add a forward-mode pass: the JVP of every operator that depends on a perturbed value.
+
+        Args:
+            tangents: Value -> its tangent: a parameter, an input, or the result of an operator, where it is added to
+                the tangent that arrives there.
+            copy: The forward pass (`clone_forward`) whose operators are differentiated.
+
+        Returns:
+            Value -> its tangent, for all values that have one.
+
+        Raises:
+            RuleError: An operator on the way has neither a JVP nor a VJP that can be differentiated again.
+        """
+        return push_forward(self, tangents, copy=copy)
 
     # --- derivatives of single operators ---------------------------------------------------------------------------
 
@@ -630,6 +652,7 @@ class JointGraph(GraphCore):
         sizes = [self._size(of, dim) for of, dim in getattr(codec, "sizes", ())]
         symbols = [s for s in sizes if isinstance(s, fx.Node)]
         stream = self.stream() if getattr(codec, "random", False) else 0
+        coder = codec if self.context.coder is None else self.context.coder(codec)
         shape = [self._size(node, dim) for dim in order]
         mark = self.output_node.prev
 
@@ -639,9 +662,10 @@ class JointGraph(GraphCore):
         def store(tensor: torch.Tensor, *rest: Any) -> Any:
             given = iter(rest)
             numbers = with_sizes(given)
-            # the counter comes last
-            drawn = {"draw": lambda size, counter=next(given): uniform(counter, stream, size)} if stream else {}
-            return codec.encode(tensor if straight else tensor.permute(order), *numbers, **drawn)
+            laid_out = tensor if straight else tensor.permute(order)
+            if not stream:
+                return coder.encode(laid_out, *numbers)
+            return coder.encode(laid_out, *numbers, draw=Uniform(next(given), stream))
 
         like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
         made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)
@@ -652,7 +676,7 @@ class JointGraph(GraphCore):
             stored, rest = given[: len(residuals)], iter(given[len(residuals) :])
             numbers = with_sizes(rest)
             dims = [next(rest) if isinstance(s, fx.Node) else s for s in shape]
-            decoded = codec.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
+            decoded = coder.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
             return decoded if straight else decoded.permute([order.index(d) for d in range(len(order))])
 
         back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors, stage="", block=info(first).block)
@@ -746,6 +770,34 @@ class JointGraph(GraphCore):
                 min(again.users).prepend(again)
         self.prune(backward_only=True)
         return len(repeated)
+
+    def split_backward(self) -> Split:
+        """Let weight gradients, and what only they read or feed, run in a stage behind the input cotangents.
+
+        ATen level only. Call it last: nodes that are added later belong to the first stage.
+
+        Returns:
+            The nodes of the weight stage, and the gradients that stay in the first one, with the reason.
+        """
+        from graphrewrite.graph.split import find_weight_stage
+
+        if self.level != "aten":
+            raise RuleError("split_backward works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
+        found = find_weight_stage(self)
+        repeated: dict[fx.Node, fx.Node] = {}
+        for node in found.again:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
+            like = info(node).but(stage="weight")
+            target: Any = node.target
+            repeated[node] = self.emit(target, args, kwargs, like=like, name=f"{node.name}_again", val=node.meta["val"])
+        for node in found.nodes:
+            node.meta["gr"] = info(node).but(stage="weight")
+            for source in node.all_input_nodes:
+                if source in repeated:
+                    node.replace_input_with(source, repeated[source])
+        if repeated:
+            self.sort()
+        return found
 
     def tap(self, node: fx.Node, name: str) -> None:
         """Expose a value (an activation, a cotangent) as an output named `name`."""

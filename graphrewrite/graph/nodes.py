@@ -38,6 +38,8 @@ class Role(StrEnum):
     """Sum of the cotangents that meet at a fan-out."""
     SIGNAL = "signal"
     """Computation of a teaching signal that a rule put in the place of a cotangent."""
+    TANGENT = "tangent"
+    """Forward-mode computation: the tangent of an activation, beside the forward."""
     STATE = "state"
     """Update of rule state."""
 

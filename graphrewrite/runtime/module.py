@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,7 @@ from graphrewrite.runtime.signature import Call, ModelWatch, flatten_call
 from graphrewrite.runtime.state import RuleState
 from graphrewrite.runtime.stateful import StatefulModule
 from graphrewrite.runtime.step_blocks import BeforeUpdate, Factory, Optimizer, Optimizers, step_blocks
+from graphrewrite.runtime.two_stage import WeightQueue
 from graphrewrite.runtime.unoptimized import UntrainedStateWatch
 from graphrewrite.runtime.views import LossModule, NoBackward
 from graphrewrite.runtime.zeroth_order import zo_step
@@ -90,6 +91,7 @@ class CompiledModule(StatefulModule):
         self._hooks: dict[str, int] = {}
         self._example: Inputs | None = None
         self._settled: dict[str, int] = {}
+        self._weights = WeightQueue() if self._options.split_backward else None
 
     # --- calling ---------------------------------------------------------------------------------------------------
 
@@ -292,6 +294,68 @@ class CompiledModule(StatefulModule):
         if self._settled and not self._is_settled():
             self.feedback_phase()
 
+    # --- the second stage of a split backward ------------------------------------------------------------------------
+
+    def backward_weight(self, n: int | None = None, concat: bool = False) -> None:
+        """Compute the weight gradients of the oldest pending micro-batches and add them into `.grad`.
+
+        Each `.backward()` of a module compiled with `split_backward=True` leaves one micro-batch. Call this before
+        gradients are clipped or unscaled, and before the optimizer steps.
+
+        Args:
+            n: How many micro-batches; None: all.
+            concat: Compute them as one: the weight gradient of a linear map is one larger product over the samples of
+                all of them, which changes the order of sums. The micro-batches reach `.grad` as one gradient.
+
+        Raises:
+            RuleError: Fewer are pending, or something that they read was changed in the meantime.
+        """
+        queue = self._second_stage("backward_weight")
+        queue.run(queue.oldest(n), concat)
+
+    def weight_task(self) -> Callable[[], None]:
+        """A function that computes the weight gradients of the newest pending micro-batch.
+
+        This is what `torch.distributed.pipelining.PipelineStage` takes as `dw_builder`.
+        """
+        queue = self._second_stage("weight_task")
+        if not queue.pending and not any(p.requires_grad for p in self.module.parameters()):
+            return lambda: None
+        return queue.take_newest()
+
+    def discard_pending(self) -> None:
+        """Give up the weight gradients of all pending micro-batches."""
+        self._second_stage("discard_pending").discard()
+
+    def gradients_of(
+        self, loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, torch.Tensor | None]:
+        """Gradients of a loss by name, like `torch.autograd.grad`, through both stages of a split backward."""
+        wanted = list(parameters.values())
+        if self._weights is None:
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            return dict(zip(parameters, found, strict=True))
+        before = [p.grad for p in wanted]
+        for p in wanted:
+            p.grad = None
+        try:
+            torch.autograd.backward(loss, inputs=[*wanted, self._weights.anchor])
+            self._weights.take_newest()()
+            return {name: p.grad for name, p in parameters.items()}
+        finally:
+            for p, grad in zip(wanted, before, strict=True):
+                p.grad = grad
+
+    @property
+    def pending(self) -> int:
+        """How many micro-batches wait for `backward_weight()`."""
+        return 0 if self._weights is None else len(self._weights.pending)
+
+    def _second_stage(self, what: str) -> WeightQueue:
+        if self._weights is None:
+            raise RuleError(f"{what}() belongs to a backward in two stages", remedy="compile with split_backward=True")
+        return self._weights
+
     # --- programs --------------------------------------------------------------------------------------------------
 
     def _records_gradient(self) -> bool:
@@ -397,7 +461,7 @@ class CompiledModule(StatefulModule):
             if compiled is not None and isinstance(spec, StateUpdate):
                 compiled._update_state(spec.name, result)
 
-        values = program(self._fetch(program, call), on_backward)
+        values = program(self._fetch(program, call), on_backward, self._weights)
         if program.uses_counter:
             self._step += 1
         return {spec: values[i] for spec, i in program.partition.forward_outputs.items()}
@@ -527,7 +591,8 @@ class CompiledModule(StatefulModule):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example", "_settled"):
+        derived_names = ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example")
+        for derived in (*derived_names, "_settled", "_weights"):
             state.pop(derived, None)
         state["losses"] = dict(self.losses)
         state["_block_optimizers"] = None

@@ -5,19 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
 from graphrewrite.passes.compression._packing import pack, unpack
 from graphrewrite.passes.compression._regions import Region
-from graphrewrite.passes.compression.tables import Table
+from graphrewrite.passes.compression._samples import Table
 from torch import fx
 
+from graphrewrite.errors import RuleError
+from graphrewrite.graph.codec import inside
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Role, info, value
+from graphrewrite.graph.nodes import Constant, Role, info, value
 from graphrewrite.pipeline import Pass, PassResult
-from graphrewrite.rule import select
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ApproximateBackward(Pass):
     What it takes are operators of the model whose derivative is still their own and that a cotangent reaches.
 
     Args:
-        only: Globs of module paths (`"*.mlp"`): leave operators of other modules alone.
+        only: Globs of module paths (`"*.mlp"`): operators of other modules are left alone.
         skip: Globs of module paths whose operators are left alone.
     """
 
@@ -44,17 +44,26 @@ class ApproximateBackward(Pass):
         """Find the operators and replace their derivatives."""
         if not graph.table.seeds:
             return PassResult(graph, False)
-        paths = sorted({info(n).module for n in graph.forward_nodes() if info(n).role is Role.FORWARD})
-        modules = set(select(paths, self.only, self.skip))
+        modules = {info(n).module for n in graph.forward_nodes() if info(n).role is Role.FORWARD}
+        for glob in (*self.only, *self.skip):
+            if not any(inside(module, glob) for module in modules):
+                known = ", ".join(sorted(m for m in modules if m)[:12])
+                raise RuleError(f"the glob {glob!r} of {self.name} matches no module", remedy=f"modules: {known}")
         with graph.deferred():
-            count = self.rewrite(graph, lambda node: info(node).module in modules)
+            count = self.rewrite(graph, self._wanted)
         if not count:
             self.fail(graph, "found no operator whose derivative it replaces")
         return PassResult(graph, count > 0)
 
+    def _wanted(self, node: fx.Node) -> bool:
+        module = info(node).module
+        if any(inside(module, glob) for glob in self.skip):
+            return False
+        return not self.only or self.named(node)
+
     def named(self, node: fx.Node) -> bool:
         """Whether the user asked for the operators of this module in particular."""
-        return any(fnmatchcase(info(node).module, glob) for glob in self.only)
+        return any(inside(info(node).module, glob) for glob in self.only)
 
     def untouched(self, graph: JointGraph, node: fx.Node) -> bool:
         """Whether an operator's derivative is its own; says so where it is not."""
@@ -99,10 +108,15 @@ def encode(table: Table, x: torch.Tensor) -> torch.Tensor:
 
 
 def _levels(graph: JointGraph, table: Table, like: torch.Tensor) -> fx.Node:
-    """The levels as a constant of the graph, one for all operators that share them."""
-    held = torch.tensor(table.levels, dtype=like.dtype, device=like.device)
+    return shared_constant(graph, torch.tensor(table.levels, dtype=like.dtype, device=like.device), "levels")
+
+
+def shared_constant(graph: JointGraph, tensor: torch.Tensor, name: str) -> fx.Node:
+    """A constant of the graph, one for all that read the same numbers."""
     for spec, node in graph.inputs.items():
-        known = graph.constants.get(getattr(spec, "name", ""))
-        if known is not None and known.dtype == held.dtype and known.device == held.device and torch.equal(known, held):
+        known = graph.constants.get(spec.name) if isinstance(spec, Constant) else None
+        if known is None or (known.dtype, known.device) != (tensor.dtype, tensor.device):
+            continue
+        if torch.equal(known, tensor):
             return node
-    return graph.constant(held, "levels")
+    return graph.constant(tensor, name)

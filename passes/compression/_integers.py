@@ -63,9 +63,9 @@ class GroupedInteger(SavedCodec):
 
     @property
     def _levels(self) -> int:
-        return 2 ** (self.width - 1) - 1 if self.symmetric else 2**self.width - 1
+        return (1 << (self.width - 1)) - 1 if self.symmetric else (1 << self.width) - 1
 
-    def bits(self, dtype: torch.dtype) -> float:
+    def bits_per_element(self, dtype: torch.dtype) -> float:
         """The codes, and the group's share of its scale and minimum."""
         numbers = 1 if self.symmetric else 2
         return self.width + numbers * 8 * scale_dtype(dtype).itemsize / self.group
@@ -88,9 +88,8 @@ class GroupedInteger(SavedCodec):
         else:
             codes = (codes + draw(list(rows.shape)).to(rows.dtype)).floor()
         if low is None:
-            codes = codes.clamp(-self._levels, self._levels) + self._levels
-        else:
-            codes = codes.clamp(0, self._levels)
+            codes = codes + self._levels
+        codes = codes.clamp(0, self._levels if low is not None else 2 * self._levels)
         packed = pack(codes.to(torch.uint8), self.width)
         return [packed, step] if low is None else [packed, step, low]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphrewrite.graph.aliasing import base_of
+from graphrewrite.graph.aliasing import base_of, views_of
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import Role, flat_inputs, info, is_backward, is_float, value
 from graphrewrite.graph.ops import ACTIVATIONS, is_pointwise, is_random
@@ -75,7 +75,7 @@ def find_regions(graph: JointGraph, *, written_out: bool) -> Iterator[Region]:
         if node in covered or graph.cotangent(node) is None:
             continue
         region = _largest(graph, node, chains.get(node, ()))
-        if region is None and node.target in SCALAR_OPERATORS and len(flat_inputs(node)) == 1:
+        if region is None and len(flat_inputs(node)) == 1 and (node in chains or node.target in SCALAR_OPERATORS):
             region = Region(flat_inputs(node)[0], node, (node,))
         if region is not None:
             covered.update(region.operators)
@@ -98,7 +98,7 @@ def _chains(forward: list[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
 
 
 def _elementwise(node: fx.Node, inputs: list[fx.Node]) -> bool:
-    val = node.meta.get("val")
+    val: Any = node.meta.get("val")
     if not is_pointwise(node) or is_random(node) or node.target is aten.prelu.default or not _number(val):
         return False
     if node.target is aten.dropout.default or any(not _number(source.meta.get("val")) for source in inputs):
@@ -155,25 +155,18 @@ def _closed(graph: JointGraph, argument: fx.Node, result: fx.Node, operators: tu
 def readers(graph: JointGraph, node: fx.Node) -> list[fx.Node]:
     """The forward operators whose derivative, as it stands, reads a value or a view of it."""
     base, table = base_of(node), graph.table
-    values = [n for n in (base, *_views(base))]
     found: dict[fx.Node, None] = {}
-    for held in values:
+    for held in (base, *views_of(base)):
         for op in (held, *held.users):
             if op.op != "call_function" or is_backward(op) or not table.requires_grad(op):
                 continue
-            if base in _kept(graph, op):
+            if base in read_by(graph, op):
                 found[op] = None
     return list(found)
 
 
-def _views(base: fx.Node) -> list[fx.Node]:
-    from graphrewrite.graph.aliasing import views_of
-
-    return views_of(base)
-
-
-def _kept(graph: JointGraph, op: fx.Node) -> set[fx.Node]:
-    """The owners of what an operator's derivative reads, as it stands."""
+def read_by(graph: JointGraph, op: fx.Node) -> set[fx.Node]:
+    """The values, views resolved, that an operator's derivative reads, as it stands."""
     kept: set[fx.Node] = set()
     for row in graph.table.rows(op):
         if not row.active:
@@ -198,4 +191,4 @@ def _kept(graph: JointGraph, op: fx.Node) -> set[fx.Node]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from graphrewrite.passes.compression._approximate import ApproximateBackward, use_table
 from graphrewrite.passes.compression._regions import Region, find_regions
+from graphrewrite.passes.compression._samples import Samples, Scalar, Table
 from graphrewrite.passes.compression.fewbit import check_bits, kept_anyway, located
-from graphrewrite.passes.compression.tables import Samples, Table, table
+from graphrewrite.passes.compression.tables import table
 from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.ops import ACTIVATIONS
 
 aten = torch.ops.aten
 
@@ -61,13 +63,9 @@ class ApproxBP(ApproximateBackward):
         """Known constants."""
         check_bits(self.name, self.bits)
         if self.constants not in ("published", "derived"):
-            raise RuleError(
-                f"approx_bp knows no constants={self.constants!r}", remedy="use 'published' or 'derived'"
-            )
+            raise RuleError(f"approx_bp knows no constants={self.constants!r}", remedy="use 'published' or 'derived'")
         if self.constants == "published" and self.bits != 2:
-            raise RuleError(
-                f"the published constants are for 2 bits, not {self.bits}", remedy="use constants=derived"
-            )
+            raise RuleError(f"the published constants are for 2 bits, not {self.bits}", remedy="use constants=derived")
 
     def rewrite(self, graph: JointGraph, wanted: Callable[[fx.Node], bool]) -> int:
         """The activations that constants are known for, or all."""
@@ -82,9 +80,13 @@ class ApproxBP(ApproximateBackward):
         if not all(self.untouched(graph, node) for node in region.operators):
             return False
         if self.constants == "published" and target not in PUBLISHED:
+            if target not in ACTIVATIONS:
+                return False
             self.fail(graph, "no constants are published for it: constants=derived computes them", region.result)
             return False
         kept = None if self.always else kept_anyway(graph, region)
+        if kept == "":
+            return False
         if kept is not None:
             self.fail(graph, kept, region.result)
             return False
@@ -98,6 +100,8 @@ class ApproxBP(ApproximateBackward):
                 raise located(error, region.result) from error
             self.fail(graph, error.message, region.result)
             return False
+        if not found.borders:
+            return False
         use_table(graph, region, found)
         return True
 
@@ -105,10 +109,8 @@ class ApproxBP(ApproximateBackward):
 @functools.cache
 def published_table(name: Literal["gelu", "silu"]) -> Table:
     """ReGELU2 or ReSiLU2 as a table, with its errors under the uniform weight."""
-    fn, heights, knots = {
-        "gelu": (torch.nn.functional.gelu, *PUBLISHED[aten.gelu.default]),
-        "silu": (torch.nn.functional.silu, *PUBLISHED[aten.silu.default]),
-    }[name]
+    fn: Scalar = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}[name]
+    heights, knots = PUBLISHED[aten.gelu.default if name == "gelu" else aten.silu.default]
     levels = np.concatenate([[0.0], np.cumsum(heights)])
     error, primitive = Samples.of(fn, "uniform", name).errors(np.array(knots), levels)
     return Table(2, knots, (0, 1, 2, 3), tuple(levels.tolist()), error, primitive)

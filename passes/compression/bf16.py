@@ -19,7 +19,7 @@ class BFloat16(SavedCodec):
     error = "relative, at most 2^-8"
     dtypes = (torch.float64, torch.float32)
 
-    def bits(self, dtype: torch.dtype) -> float:
+    def bits_per_element(self, dtype: torch.dtype) -> float:
         """16."""
         return 16.0
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphrewrite import textform
 from graphrewrite.analysis.demands import Demand, SavedValue, saved_values
@@ -96,8 +97,56 @@ class CompressSaved(Pass):
         residuals += graph.encode_saved(saved.node, codec, prune=False)
         return sum(nbytes(value(n)) for n in residuals)
 
-    def _recompute(self, graph: JointGraph, offers: Sequence[tuple[str, tuple[Codec, ...]]], done: list[Any]) -> int:
-        return 0
+    @staticmethod
+    def _recompute(graph: JointGraph, offers: Sequence[tuple[str, tuple[Codec, ...]]], done: list[Treatment]) -> int:
+        """Repeat what the `recompute` codecs among the offers choose and no codec before them takes."""
+        recomputing = [(glob, i, codecs) for glob, codecs in offers for i, c in enumerate(codecs) if _recomputes(c)]
+        if not recomputing:
+            return 0
+        before = saved_values(graph)
+        chosen: dict[fx.Node, Codec] = {}
+        for glob, place, codecs in recomputing:
+            taken = {v.node for v in before if any(not isinstance(fit(c, v), Declined) for c in codecs[:place])}
+            nodes = codecs[place].nodes(graph, _price(codecs[place + 1 :]))  # type: ignore[attr-defined]
+            for node in nodes - taken:
+                first = next((g for g, _ in offers if inside(info(node).module, g)), None)
+                if first == glob:
+                    chosen.setdefault(node, codecs[place])
+        names = Names(graph)
+        lines = {v.node: treatment(v, names, "", 0, "") for v in before}
+        repeated = graph.recompute(chosen)
+        left = {v.node for v in saved_values(graph)}
+        for node, line in lines.items():
+            if node not in left:
+                codec = textform.to_text(chosen[node]) if node in chosen else "unread"
+                why = (
+                    "computed again in the backward" if node in chosen else "what read it is computed from other values"
+                )
+                done.append(replace(line, codec=codec, why=why))
+        return repeated
+
+
+def _recomputes(codec: Codec) -> bool:
+    return getattr(codec, "how", "encode") == "recompute"
+
+
+def _price(codecs: Sequence[Codec]) -> Callable[[fx.Node], float]:
+    """Bytes of a value under the smallest of the codecs that may store it."""
+
+    def price(node: fx.Node) -> float:
+        val = value(node)
+        bits = [8.0 * val.element_size()]
+        for codec in codecs:
+            if (
+                isinstance(codec, SavedCodec)
+                and val.dtype in codec.dtypes
+                and val.is_floating_point()
+                and codec.how == "encode"
+            ):
+                bits.append(codec.bits_per_element(val.dtype) if not codec.exact else bits[0])
+        return float(hint(val.numel()) * min(bits) / 8)
+
+    return price
 
 
 def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
@@ -106,7 +155,7 @@ def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
         reason = codec.selects(saved)
         if reason:
             return Declined(reason)
-        chosen = codec.fit(saved)
+        chosen: Codec | Declined = codec.fit(saved)
     else:
         # a codec without a declaration: floating-point values that may be approximate
         chosen = codec
@@ -114,12 +163,19 @@ def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
             chosen = Declined(f"it does not store {str(saved.dtype).removeprefix('torch.')}")
         elif saved.needed_exactly:
             chosen = Declined(f"{saved.needed_exactly} needs it exactly")
-    if isinstance(chosen, Declined) or getattr(chosen, "how", "encode") != "encode":
+    if (
+        isinstance(chosen, Declined)
+        or getattr(chosen, "how", "encode") != "encode"
+        or getattr(chosen, "on_host", False)
+    ):
         return chosen
-    signs = _separate_signs(saved, chosen)
-    if signs is None and not getattr(chosen, "exact", False) and any(r.demand is Demand.SIGN for r in saved.readings):
+    if (
+        _separate_signs(saved, chosen) is None
+        and not getattr(chosen, "exact", False)
+        and any(r.demand is Demand.SIGN for r in saved.readings)
+    ):
         return Declined("operators compare it with different constants")
-    size = stored_bytes(saved, chosen) + (stored_bytes(saved, signs[1]) if signs else 0)
+    size = saved_with_signs(saved, chosen)
     if size >= saved.nbytes:
         return Declined(f"encoded it would take {size:,} bytes, as it is {saved.nbytes:,}")
     return chosen
@@ -136,21 +192,33 @@ def _separate_signs(saved: SavedValue, codec: Codec) -> tuple[SavedValue, SavedC
     return None if isinstance(mask, Declined) else (signs, mask)
 
 
+def saved_with_signs(saved: SavedValue, codec: Codec) -> int:
+    """Bytes of a value's encoding, and of the mask for operators that compare it."""
+    signs = _separate_signs(saved, codec)
+    return stored_bytes(saved, codec) + (stored_bytes(saved, signs[1]) if signs else 0)
+
+
 def stored_bytes(saved: SavedValue, codec: Codec) -> int:
     """Bytes of a value's encoding at the example's sizes."""
     val = value(saved.node)
     sizes = tuple(hint(value(of).shape[dim]) for of, dim in getattr(codec, "sizes", ()))
-    return _encoded_size(codec, tuple(hint(s) for s in val.shape), val.dtype, sizes)
+    shape = tuple(hint(s) for s in val.shape)
+    # codecs without a declaration need not be hashable
+    size = _encoded_size if isinstance(codec, SavedCodec) else _encoded_size.__wrapped__
+    return size(codec, shape, val.dtype, sizes)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
-def _encoded_size(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> int:
+def _encoded_size(codec: Any, shape: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> int:
+    encode: Callable[..., Any] = codec.encode
     draw = {"draw": lambda size: torch.empty(size, device="meta")} if getattr(codec, "random", False) else {}
-    made: Any = codec.encode(torch.empty(shape, dtype=dtype, device="meta"), *sizes, **draw)
+    made = encode(torch.empty(shape, dtype=dtype, device="meta"), *sizes, **draw)
     return sum(t.numel() * t.element_size() for t in ([made] if isinstance(made, torch.Tensor) else made))
 
 
-def treatment(saved: SavedValue, names: Names, codec: str, after: int, why: str) -> Treatment:
+def treatment(
+    saved: SavedValue, names: Names, codec: str, after: int, why: str, error: float | None = None
+) -> Treatment:
     """One line of the plan table."""
     own = info(saved.node)
     return Treatment(
@@ -163,6 +231,7 @@ def treatment(saved: SavedValue, names: Names, codec: str, after: int, why: str)
         after,
         codec,
         why,
+        error,
     )
 
 
@@ -176,12 +245,24 @@ def build_codec(what: Any) -> Codec:
     return codec
 
 
-def split_compress(compress: Any) -> tuple[list[Pass], CompressSaved | None]:
-    """What `compile(compress=)` accepts: passes that change the backward of operators, and the pass of the codecs.
+def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass], Pass | None]:
+    """What `compile(compress=, memory_budget=)` accepts: passes at operators, and the pass of the codecs.
 
     Some entries of the codec registry are passes (an approximate derivative stores other residuals from the start).
-    Under a module glob, such a pass gets the glob as its `only`.
+    Under a module glob, such a pass gets the glob as its `only`, and the globs before it, which win, as its `skip`.
     """
+    if memory_budget is not None:
+        from graphrewrite.passes.compression.plan_memory import PlanMemory, check_budget
+
+        check_budget(memory_budget)
+        if isinstance(compress, Mapping):
+            raise RuleError(
+                "a memory budget chooses the codecs by itself", remedy="give compress= as a list to choose from"
+            )
+        approximations, menu = split_compress(compress)
+        if isinstance(menu, CompressSaved):
+            return approximations, PlanMemory(memory_budget, menu.codecs[0][1])
+        return approximations, PlanMemory(memory_budget)
     if compress is None:
         return [], None
     given = compress if isinstance(compress, Mapping) else {"*": compress}
@@ -192,7 +273,7 @@ def split_compress(compress: Any) -> tuple[list[Pass], CompressSaved | None]:
         for one in held if isinstance(held, (list, tuple)) else [held]:
             built = textform.build("codec", one)
             if isinstance(built, Pass):
-                passes.append(built if glob == "*" else _restricted(built, glob))
+                passes.append(_restricted(built, glob, tuple(given)[: list(given).index(glob)]))
             else:
                 codecs.append(build_codec(built))
         if codecs:
@@ -200,7 +281,10 @@ def split_compress(compress: Any) -> tuple[list[Pass], CompressSaved | None]:
     return passes, CompressSaved(tuple(entries)) if entries else None
 
 
-def _restricted(one: Pass, glob: str) -> Pass:
+def _restricted(one: Pass, glob: str, earlier: tuple[str, ...]) -> Pass:
+    if glob == "*" and not earlier:
+        return one
     if not hasattr(one, "only"):
         raise RuleError(f"{one} works on the whole model", remedy=f"give it outside of the map, not under {glob!r}")
-    return replace(one, only=(glob,))  # type: ignore[call-arg]
+    only = one.only if glob == "*" else (glob,)
+    return replace(one, only=only, skip=(*one.skip, *earlier))  # type: ignore[call-arg,attr-defined]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graphrewrite.passes.compression._approximate import ApproximateBackward, use_table
-from graphrewrite.passes.compression._regions import Region, find_regions, readers
-from graphrewrite.passes.compression.tables import Table, table
+from graphrewrite.passes.compression._regions import Region, find_regions, read_by, readers
+from graphrewrite.passes.compression._samples import Table
+from graphrewrite.passes.compression.tables import table
 from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import flat_inputs, info
+from graphrewrite.graph.nodes import info
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class FewBit(ApproximateBackward):
         if not all(self.untouched(graph, node) for node in region.operators):
             return False
         kept = None if self.always else kept_anyway(graph, region)
+        if kept == "":
+            return False
         if kept is not None:
             self.fail(graph, kept, region.result)
             return False
@@ -76,7 +79,6 @@ class FewBit(ApproximateBackward):
             self.fail(graph, error.message, region.result)
             return False
         if not found.borders:
-            self.fail(graph, "its derivative is constant: nothing of it is kept", region.result)
             return False
         use_table(graph, region, found)
         return True
@@ -106,11 +108,14 @@ def located(error: RuleError, node: fx.Node) -> RuleError:
 
 
 def kept_anyway(graph: JointGraph, region: Region) -> str | None:
-    """Why replacing a derivative would spare nothing: what it reads, others keep; None if it spares something."""
+    """Why replacing a derivative would spare nothing: what it reads, others keep; None if it spares something.
+
+    "" stands for a derivative that keeps nothing: a linear function.
+    """
     inside = set(region.operators)
-    reads = {base for node in region.operators for base in graph_reads(graph, node)}
+    reads = {base for node in region.operators for base in read_by(graph, node)}
     if not reads:
-        return "its derivative keeps nothing"
+        return ""
     reasons = []
     for held in reads:
         others = [op for op in readers(graph, held) if op not in inside]
@@ -121,9 +126,3 @@ def kept_anyway(graph: JointGraph, region: Region) -> str | None:
         else:
             reasons.append(f"%{others[0].name} keeps %{held.name}, which is what its derivative reads")
     return "; ".join(reasons)
-
-
-def graph_reads(graph: JointGraph, node: fx.Node) -> list[fx.Node]:
-    """The values among an operator's inputs and its result that its derivative reads."""
-    candidates = dict.fromkeys([*flat_inputs(node), node])
-    return [held for held in candidates if node in readers(graph, held)]

@@ -36,7 +36,7 @@ class Mask(SavedCodec):
     exact = True
     dtypes = (*FLOATS, torch.bool, torch.int64)
 
-    def bits(self, dtype: torch.dtype) -> float:
+    def bits_per_element(self, dtype: torch.dtype) -> float:
         """One; for pooling indices as many as the window needs."""
         return 1.0
 
@@ -74,7 +74,7 @@ class Mask(SavedCodec):
 class ShapeOnly(Mask):
     """Nothing is stored: the backward reads the shape only."""
 
-    def bits(self, dtype: torch.dtype) -> float:
+    def bits_per_element(self, dtype: torch.dtype) -> float:
         """None."""
         return 0.0
 
@@ -153,7 +153,7 @@ class WindowIndex(Mask):
     def _bits(self) -> int:
         return max(1, math.ceil(math.log2(self.kernel[0] * self.kernel[1])))
 
-    def bits(self, dtype: torch.dtype) -> float:
+    def bits_per_element(self, dtype: torch.dtype) -> float:
         """As many as the window needs."""
         return float(self._bits)
 
@@ -174,7 +174,8 @@ class WindowIndex(Mask):
         inside = unpack(residuals[0], self._bits, like.numel()).view(like.shape).to(torch.int64)
         top, left = self._origin(like)
         row = top + inside // self.kernel[1] * self.dilation[0]
-        return row * width + left + inside % self.kernel[1] * self.dilation[1]
+        index: torch.Tensor = row * width + left + inside % self.kernel[1] * self.dilation[1]
+        return index
 
 
 def dropout_scale(node: fx.Node) -> tuple[str, float] | None:

@@ -19,6 +19,8 @@ from graphrewrite.graph.ops import NORMALISATIONS
 
 aten = torch.ops.aten
 
+_SHARING = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -86,9 +88,13 @@ class MemorySharingNorm(ApproximateBackward):
     def _find(self, graph: JointGraph) -> list[Norm]:
         found = []
         for node in graph.forward_nodes():
-            if info(node).role is not Role.FORWARD or graph.cotangent(node) is None:
+            if info(node).role is not Role.FORWARD:
                 continue
-            if node.target in (aten.layer_norm.default, aten.rms_norm.default):
+            if node.target in NORMALISATIONS - _SHARING and graph.table.requires_grad(node):
+                self.fail(graph, "only layer norm and RMS norm share what they keep", node)
+            if graph.cotangent(node) is None:
+                continue
+            if node.target in _SHARING:
                 norm = _of_operator(node)
                 if norm is None:
                     self.fail(graph, "it normalises over more than the last dimension", node)
@@ -100,8 +106,6 @@ class MemorySharingNorm(ApproximateBackward):
                 norm = _written_out(graph, node)
                 if norm is not None:
                     found.append(norm)
-            elif node.target in NORMALISATIONS:
-                self.fail(graph, "only layer norm and RMS norm share what they keep", node)
         return found
 
     def _behind(self, graph: JointGraph, norm: Norm) -> list[Linear] | None:
@@ -209,7 +213,7 @@ def _work(dtype: torch.dtype) -> torch.dtype:
 
 
 def _normalised(graph: JointGraph, norm: Norm) -> tuple[fx.Node, fx.Node]:
-    """z and 1/σ, computed in the forward; z is y where there is no affine part."""
+    """The normalised z and 1/σ, computed in the forward; z is y where there is no affine part."""
     eps, centred = norm.eps, norm.centred
     width = int(value(norm.x).shape[-1])
     inputs = [norm.x, norm.weight, norm.bias]
@@ -235,42 +239,48 @@ def _normalised(graph: JointGraph, norm: Norm) -> tuple[fx.Node, fx.Node]:
 
 def _written_out(graph: JointGraph, node: fx.Node) -> Norm | None:
     """γ · (x · rsqrt(mean(x²) + eps)), with or without casts, if that is what ends in `node`."""
-    table = graph.table
-    for weight, product in (node.args[:2], node.args[1::-1]):
-        if not isinstance(weight, fx.Node) or not isinstance(product, fx.Node) or not table.is_weightlike(weight):
+    for weight, scaled in (node.args[:2], node.args[1::-1]):
+        if not isinstance(weight, fx.Node) or not isinstance(scaled, fx.Node) or value(weight).dim() != 1:
             continue
-        between = [node]
-        scaled = product
-        if product.target is aten._to_copy.default:
-            between.append(product)
-            product = product.args[0]  # type: ignore[assignment]
-        if product.target is not aten.mul.Tensor or value(weight).dim() != 1:
+        if not graph.table.is_weightlike(weight):
             continue
-        between.append(product)
+        product, between = _uncast(scaled), [node, scaled]
+        if product.target is not aten.mul.Tensor:
+            continue
+        between += [product] if product is not scaled else []
         for x, inverse in (product.args[:2], product.args[1::-1]):
+            if not isinstance(x, fx.Node) or not isinstance(inverse, fx.Node):
+                continue
             steps = _inverse_of(inverse, x)
             if steps is None:
                 continue
-            eps, inner = steps
-            assert isinstance(x, fx.Node) and isinstance(inverse, fx.Node)
-            source = x
-            operators = [*between, *inner]
-            if x.target is aten._to_copy.default and _only_in(x, operators):
-                source = x.args[0]  # type: ignore[assignment]
-                operators.append(x)
-            inside = set(operators) - {node}
-            if any(not _only_in(op, operators) or op in graph.model_outputs for op in inside):
-                continue
-            if any((s, op) in table.cuts for op in operators for s in flat_inputs(op)):
-                continue
-            if value(source).dtype != value(node).dtype or not table.requires_grad(source):
-                continue
-            return Norm(node, source, weight, None, False, eps, tuple(operators), scaled, inverse)
+            operators, source = [*between, *steps[1]], x
+            if _only_in(x, operators):
+                source = _uncast(x)
+                operators += [x] if source is not x else []
+            if _closed(graph, node, source, operators):
+                return Norm(node, source, weight, None, False, steps[0], tuple(operators), scaled, inverse)
     return None
 
 
+def _uncast(node: fx.Node) -> fx.Node:
+    source = node.args[0] if node.target is aten._to_copy.default else node
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _closed(graph: JointGraph, result: fx.Node, source: fx.Node, operators: list[fx.Node]) -> bool:
+    """Whether nothing else reads what lies between, and every cotangent gets through."""
+    inner = [op for op in operators if op is not result]
+    if any(op in graph.model_outputs or not _only_in(op, operators) for op in inner):
+        return False
+    if any((read, op) in graph.table.cuts for op in operators for read in flat_inputs(op)):
+        return False
+    return value(source).dtype == value(result).dtype and graph.table.requires_grad(source)
+
+
 def _inverse_of(inverse: Any, x: Any) -> tuple[float, list[fx.Node]] | None:
-    """eps and the operators, if `inverse` is rsqrt(mean(x²) + eps)."""
+    """The eps and the operators, if `inverse` is rsqrt(mean(x²) + eps)."""
     if not isinstance(inverse, fx.Node) or not isinstance(x, fx.Node) or inverse.target is not aten.rsqrt.default:
         return None
     shifted = inverse.args[0]

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from graphrewrite.passes.rules._site import IGNORED, OneAnswer, answer_of
 from torch import fx
+from torch.nn import functional as F
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, Target, is_float, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, Target, hint, is_float, value
 from graphrewrite.objective import default_loss
 
 
@@ -94,3 +95,40 @@ class Task:
             lambda tangent, *values: tangent / self.count(*values), inputs, like=like, whole=False
         )
         return made
+
+    def losses(self, answer: torch.Tensor, *targets: Any) -> torch.Tensor:
+        """The loss of each sample alone; 0 for samples without a target."""
+
+        def one(answer: torch.Tensor, *targets: Any) -> torch.Tensor:
+            return self.loss(answer.unsqueeze(0), *(t.unsqueeze(0) for t in targets))
+
+        if self.averages_classes:
+            return F.cross_entropy(answer, targets[0], reduction="none", ignore_index=IGNORED)
+        return torch.func.vmap(one)(answer, *targets)
+
+    def why_no_mean(self) -> str | None:
+        """Why the loss is not known to be the mean of the losses of the samples; None if it is.
+
+        It is tried on random numbers in the shapes of the answer and the targets.
+        """
+        if self.averages_classes:
+            return None if value(self.answer).dim() == 2 else "there is a target for each position of a sample"
+        if not all(isinstance(value(t), torch.Tensor) and value(t).dim() for t in self.targets):
+            return "a target has no batch dimension"
+        generator = torch.Generator().manual_seed(0)
+
+        def example(node: fx.Node) -> torch.Tensor:
+            val = value(node)
+            shape = [hint(size) for size in val.shape]
+            if is_float(node):
+                return torch.rand(shape, generator=generator, dtype=torch.float64).to(val.dtype)
+            return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
+
+        values = [example(node) for node in self.inputs]
+        try:
+            whole, each = self.loss(*values), self.losses(*values)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            return f"it cannot be taken of one sample ({str(error).splitlines()[0]})"
+        if torch.allclose(whole.double(), each.double().mean(), rtol=1e-4):
+            return None
+        return "it is no mean over samples"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
-
 from graphrewrite.backends.triton.support import interpreting
 
 

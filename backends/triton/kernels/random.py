@@ -10,14 +10,14 @@ def words(counter, stream, quarter):
     seed = tl.load(counter)
     step = tl.load(counter + 1)
     rank = tl.load(counter + 2)
-    zero = quarter.to(tl.uint32) * 0
+    zero = quarter.to(tl.int64) * 0
     return tl.philox_impl(
         quarter.to(tl.uint32),
-        zero + stream.to(tl.uint32),
-        zero + step.to(tl.uint32),
-        zero + rank.to(tl.uint32),
-        zero + (seed & 0xFFFFFFFF).to(tl.uint32),
-        zero + ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        (zero + stream).to(tl.uint32),
+        (zero + step).to(tl.uint32),
+        (zero + rank).to(tl.uint32),
+        (zero + seed).to(tl.uint32),
+        (zero + (seed >> 32)).to(tl.uint32),
     )
 
 
