@@ -284,8 +284,8 @@ def test_no_activation_is_held():
     for depth in (2, 5):
         model = equal_blocks(depth, 16)
         compiled = gr.compile(model, "zeroth_order{queries=2}", example_inputs=x, example_targets=y)
-        assert compiled.program().partition.saved_bytes == 8
-        assert sum(compiled.report().certificates.saved_bytes.values()) == 8
+        # two differences and (seed, step, rank)
+        assert compiled.program().partition.saved_bytes == 8 + 24
         peaks.append(measured_peak(compiled, x, y) - gradient_bytes(model))
     assert peaks[1] <= peaks[0] * 1.05
     # depth 5 holds five activations and more under backpropagation
