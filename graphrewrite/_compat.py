@@ -133,7 +133,7 @@ def will_execute(node: Any) -> bool:
 def pipeline_actions(
     schedule: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None
 ) -> list[list[tuple[int, str, int]]]:
-    """The compute actions of one of torch's pipeline schedules, per process: (stage, "F" | "I" | "W" | "B", micro-batch).
+    """Compute actions of one of torch's pipeline schedules, per process: (stage, "F", "I", "W" or "B", micro-batch).
 
     The engine keeps them in `pipeline_order`; actions that it overlaps are listed one after the other, as its runtime
     runs them.

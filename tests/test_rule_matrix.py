@@ -25,7 +25,7 @@ FEEDBACK = [
     "reinmax",
 ]
 FORWARD = ["pepita", "foton", "forward_gradient", "likelihood_ratio", "zeroth_order"]
-ENERGY = ["predictive_coding"]
+ENERGY = ["predictive_coding", "target_propagation"]
 LOCAL = ["ff", "mono_forward", "local_loss", "lls"]
 MODELS = {
     **dict.fromkeys(FEEDBACK, ("mlp", "cnn", "resnet", "gpt2", "bert", "vit", "gcn", "gat", "lstm")),

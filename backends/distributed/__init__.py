@@ -1,4 +1,4 @@
-"""More than one process, on PyTorch's own distributed engine: pipelines, their simulation, local rules in a pipeline."""
+"""More than one process, on PyTorch's own distributed engine: pipelines, their simulation, local rules in them."""
 
 from graphrewrite.backends.distributed.cut import Cut, Part, cut
 from graphrewrite.backends.distributed.local import DFAPipeline, LocalPipeline

@@ -1,8 +1,8 @@
 """Cutting a model into pipeline stages at block boundaries, balanced by counted cost.
 
-The model is captured once. Each stage is a module that runs its part of the forward graph on the model's own parameters,
-under the model's own names: training the stages trains the model. What a later stage reads of an earlier one than its
-neighbour is handed through by the stages in between, since neighbours are all that a pipeline connects.
+The model is captured once. Each stage is a module that runs its part of the forward graph on the model's own
+parameters, under the model's own names: training the stages trains the model. What a later stage reads of an earlier
+one than its neighbour is handed through by the stages in between, since neighbours are all that a pipeline connects.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import networkx as nx
 import torch
+from graphrewrite.backends.distributed.simulate import StageCost
 from torch import fx, nn
 from torch.func import functional_call
 
@@ -22,7 +23,6 @@ from graphrewrite._compat import FakeTensorMode
 from graphrewrite.analysis.blocks import Blocks
 from graphrewrite.analysis.cost import flops
 from graphrewrite.api import compile as compile_model
-from graphrewrite.backends.distributed.simulate import StageCost
 from graphrewrite.capture import Captured
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.nodes import (
@@ -30,7 +30,6 @@ from graphrewrite.graph.nodes import (
     BufferUpdate,
     Constant,
     InputUpdate,
-    Param,
     UserInput,
     UserOutput,
     info,
@@ -354,6 +353,8 @@ class Stage(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> Any:
         """What the next stage takes; for the last one, what the model returns."""
         held = [self._constants[name] if constant else _held(self, name) for constant, name in self._reads]
+        # autograd may keep a buffer that is written to below
+        held = [h.clone() if name in self._updates else h for h, (_, name) in zip(held, self._reads, strict=True)]
         results, updates = self._code[0](*inputs, *held)
         with torch.no_grad():
             for name, new in zip(self._updates, updates, strict=True):
@@ -385,7 +386,7 @@ def _outlines(modules: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> l
     found = [values]
     for i, module in enumerate(modules):
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        fakes = {name: mode.from_tensor(held) for name, held in state.items()}
+        fakes: dict[str, torch.Tensor] = {name: mode.from_tensor(held) for name, held in state.items()}
         with mode, torch.enable_grad(), torch.random.fork_rng(devices=[]):
             outputs = functional_call(module, fakes, values)
         values = outputs if isinstance(outputs, tuple) else (outputs,)

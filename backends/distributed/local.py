@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from graphrewrite.backends.distributed.cut import Cut
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from graphrewrite.api import compile as compile_model
-from graphrewrite.backends.distributed.cut import Cut
 from graphrewrite.errors import RuleError
 from graphrewrite.objective import default_loss
 from graphrewrite.rule import RuleSpec

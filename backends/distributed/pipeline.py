@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from graphrewrite.backends.distributed.cut import Cut, replicate_tied
 from torch import nn
 from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
 
 from graphrewrite.api import compile as compile_model
-from graphrewrite.backends.distributed.cut import Cut, replicate_tied
 from graphrewrite.errors import RuleError
 from graphrewrite.objective import default_loss
 from graphrewrite.rule import RuleSpec

@@ -1,8 +1,8 @@
 """What a schedule would take, without running it: its timeline, its bubble and its memory.
 
 The actions are those of the engine's own schedules, in the order in which each process runs them; costs are given per
-stage. A process runs one action at a time and waits for what the action reads; what is sent arrives after the time of the
-communication, which overlaps with computation.
+stage. A process runs one action at a time and waits for what the action reads; what is sent arrives after the time of
+the communication, which overlaps with computation.
 """
 
 from __future__ import annotations
@@ -128,10 +128,7 @@ def actions_of(schedule: str, ranks: int, micro_batches: int, stages: int | None
     if ranks < 1 or micro_batches < 1:
         raise RuleError(f"{ranks} processes and {micro_batches} micro-batches: there must be at least one of each")
     if schedule == "ForwardOnly":
-        return [
-            [Action(kind, rank, i) for i in range(micro_batches) for kind in ("F", "B")]  # type: ignore[arg-type]
-            for rank in range(ranks)
-        ]
+        return [[Action(kind, rank, i) for i in range(micro_batches) for kind in ("F", "B")] for rank in range(ranks)]
     per_rank = None if stages is None else stages // ranks
     if stages is not None and (per_rank == 0 or stages % ranks):
         raise RuleError(f"{stages} stages cannot be spread evenly over {ranks} processes")

@@ -155,8 +155,8 @@ def _show_pipeline(
     print_lines(
         [
             Text(
-                f"{data['processes']} processes, {data['micro_batches']} micro-batches: {100 * data['bubble']:.1f} % of "
-                f"the time is spent waiting; peak {peak} per process",
+                f"{data['processes']} processes, {data['micro_batches']} micro-batches: {100 * data['bubble']:.1f} % "
+                f"of the time is spent waiting; peak {peak} per process",
                 style="bold",
             )
         ]

@@ -65,7 +65,7 @@ from graphrewrite.graph.nodes import (
 )
 from graphrewrite.graph.ops import is_impure
 from graphrewrite.graph.pushforward import push_forward
-from graphrewrite.random import uniform
+from graphrewrite.random import Uniform
 from graphrewrite.textform import to_text
 
 if TYPE_CHECKING:
@@ -652,6 +652,7 @@ class JointGraph(GraphCore):
         sizes = [self._size(of, dim) for of, dim in getattr(codec, "sizes", ())]
         symbols = [s for s in sizes if isinstance(s, fx.Node)]
         stream = self.stream() if getattr(codec, "random", False) else 0
+        coder = codec if self.context.coder is None else self.context.coder(codec)
         shape = [self._size(node, dim) for dim in order]
         mark = self.output_node.prev
 
@@ -663,9 +664,8 @@ class JointGraph(GraphCore):
             numbers = with_sizes(given)
             laid_out = tensor if straight else tensor.permute(order)
             if not stream:
-                return codec.encode(laid_out, *numbers)
-            counter = next(given)
-            return codec.encode(laid_out, *numbers, draw=lambda size: uniform(counter, stream, size))  # type: ignore[call-arg]
+                return coder.encode(laid_out, *numbers)
+            return coder.encode(laid_out, *numbers, draw=Uniform(next(given), stream))
 
         like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
         made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)
@@ -676,7 +676,7 @@ class JointGraph(GraphCore):
             stored, rest = given[: len(residuals)], iter(given[len(residuals) :])
             numbers = with_sizes(rest)
             dims = [next(rest) if isinstance(s, fx.Node) else s for s in shape]
-            decoded = codec.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
+            decoded = coder.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
             return decoded if straight else decoded.permute([order.index(d) for d in range(len(order))])
 
         back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors, stage="", block=info(first).block)
@@ -784,8 +784,19 @@ class JointGraph(GraphCore):
         if self.level != "aten":
             raise RuleError("split_backward works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
         found = find_weight_stage(self)
+        repeated: dict[fx.Node, fx.Node] = {}
+        for node in found.again:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
+            like = info(node).but(stage="weight")
+            target: Any = node.target
+            repeated[node] = self.emit(target, args, kwargs, like=like, name=f"{node.name}_again", val=node.meta["val"])
         for node in found.nodes:
             node.meta["gr"] = info(node).but(stage="weight")
+            for source in node.all_input_nodes:
+                if source in repeated:
+                    node.replace_input_with(source, repeated[source])
+        if repeated:
+            self.sort()
         return found
 
     def tap(self, node: fx.Node, name: str) -> None:

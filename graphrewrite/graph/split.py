@@ -6,14 +6,16 @@ computes together with an input cotangent (normalisations), or that were compute
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import networkx as nx
 import torch
 from torch import fx
 
-from graphrewrite.graph.aliasing import base_of, is_view, mutated_bases
+from graphrewrite.analysis.cost import flops
+from graphrewrite.graph.aliasing import base_of, mutated_bases, owns_no_memory
 from graphrewrite.graph.nodes import Grad, Param, Role, State, Tangent, UserInput, info, nbytes, spec_of, value
 from graphrewrite.graph.ops import NORMALISATIONS, is_impure
 from graphrewrite.graph.partition import stages_of
@@ -29,10 +31,12 @@ class Split:
 
     Attributes:
         nodes: What runs in it.
+        again: What runs in both stages, since holding it would take more bytes than what it is computed of.
         kept: Gradients that stay in the first stage, with the reason.
     """
 
     nodes: dict[fx.Node, None]
+    again: dict[fx.Node, None]
     kept: dict[Param | State, str]
 
 
@@ -47,14 +51,15 @@ def find_weight_stage(graph: JointGraph) -> Split:
     while torn := _torn(waiting, backward):
         needed |= _ancestors(torn, inside)
         waiting = _downstream([n for n in waiting if _is_gradient(n) and n not in needed], backward)
-    _sink(graph, backward, waiting)
+    again = _place(graph, backward, waiting) if waiting else {}
     order = {node: None for node in graph.nodes if node in waiting}
     kept = {
         spec.of: _reason(node, stages)
         for spec, node in graph.outputs.items()
-        if isinstance(spec, Grad) and isinstance(spec.of, (Param, State)) and node not in order
+        if isinstance(spec, Grad) and isinstance(spec.of, (Param, State))
+        if node not in order and stages.get(node) != "weight"
     }
-    return Split(order, kept)
+    return Split(order, again, kept)
 
 
 def _first(spec: object) -> bool:
@@ -98,34 +103,74 @@ def _torn(waiting: dict[fx.Node, None], backward: list[fx.Node]) -> list[fx.Node
     return [n for n in waiting if any(base_of(m) in torn for m in (n, *n.all_input_nodes))]
 
 
-def _sink(graph: JointGraph, backward: list[fx.Node], waiting: dict[fx.Node, None]) -> None:
-    """Let what only the weight stage reads run there, where that holds no more bytes between the stages.
+def _place(graph: JointGraph, backward: list[fx.Node], waiting: dict[fx.Node, None]) -> dict[fx.Node, None]:
+    """Choose what is held between the stages: a minimum cut, in bytes.
 
-    Cotangents stay: views of them apart, they are what the first stage is for, also where no input wants its own.
+    What the backward computes of forward values alone (a decoded or recomputed activation) may be computed in the
+    weight stage instead of being held. Products are not repeated for it, and cotangents stay where they are: they are
+    what the first stage is for.
+
+    Returns:
+        What both stages compute; what only the weight stage reads is added to `waiting`.
     """
-    kept = set(graph.outputs.values())
-    inside = set(backward)
+    inside, kept = set(backward), set(graph.outputs.values())
     tangents = [n for n in graph.nodes if isinstance(spec_of(n) if n.op == "placeholder" else None, Tangent)]
-    cotangents = _downstream(tangents, backward)
-    held = {base_of(s) for n in waiting for s in n.all_input_nodes if s not in waiting}
+    cotangents, mutated = _downstream(tangents, backward), mutated_bases(backward)
+
+    def free(node: fx.Node) -> bool:
+        return (
+            node in inside
+            and node not in cotangents
+            and not is_impure(node)
+            and base_of(node) not in mutated
+            and not flops(node)
+        )
+
+    # from the readers to what they read, so that of equal cuts the one with the least to compute again is found
+    flow = nx.DiGraph()
+    flow.add_nodes_from(["readers", "held"])
+    stack = list(dict.fromkeys(s for n in waiting for s in n.all_input_nodes if s not in waiting))
+    for node in stack:
+        flow.add_edge("readers", (node, "out"))
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        may = free(node) and node.op == "call_function"
+        if may and (owns_no_memory(node) or isinstance(value(node), (tuple, list))):
+            flow.add_edge((node, "out"), (node, "in"))
+        else:
+            flow.add_edge((node, "out"), (node, "in"), capacity=_cost(node))
+        if not may:
+            flow.add_edge((node, "in"), "held")
+            continue
+        if not node.all_input_nodes:
+            flow.add_node((node, "in"))
+        for source in node.all_input_nodes:
+            flow.add_edge((node, "in"), (source, "out"))
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    _, (reached, _) = nx.minimum_cut(flow, "readers", "held")
+    again: dict[fx.Node, None] = {}
     for node in reversed(backward):
-        if node in waiting or node in kept or is_impure(node) or not node.users:
+        if (node, "in") not in reached or not free(node):
             continue
-        if not all(user in waiting for user in node.users):
-            continue
-        if not is_view(node) and not isinstance(value(node), torch.SymInt):
-            if node in cotangents:
-                continue
-            sources = {base_of(s) for s in node.all_input_nodes}
-            more = sum(nbytes(value(s)) for s in sources - held if s in inside or s.op != "placeholder")
-            if more > nbytes(value(node)):
-                continue
-        waiting[node] = None
-        held.discard(node)
-        held |= {base_of(s) for s in node.all_input_nodes}
+        if node not in kept and all(user in waiting for user in node.users):
+            waiting[node] = None
+        else:
+            again[node] = None
+    return dict.fromkeys(n for n in backward if n in again)
 
 
-def _reason(node: fx.Node, stages: dict[fx.Node, str]) -> str:
+def _cost(node: fx.Node) -> int:
+    """Bytes of holding a value; inputs, parameters and sizes are there anyway."""
+    base = base_of(node)
+    if (base.op == "placeholder" and not isinstance(spec_of(base), Tangent)) or isinstance(value(node), torch.SymInt):
+        return 0
+    return nbytes(value(base))
+
+
+def _reason(node: fx.Node, stages: Mapping[fx.Node, str]) -> str:
     """Why a gradient is there in the first stage."""
     if info(node).scales or stages.get(node) == "forward":
         return "it is computed in the forward, right behind its block"

@@ -161,7 +161,7 @@ class ConcatPlan:
         return boxed(fx.GraphModule(self.module, graph))
 
     def finish(self, count: int) -> Callable[[list[Any]], Sequence[Any]]:
-        """The part behind, for a number of micro-batches: takes all operands of the first, ..., then what they share."""
+        """The part behind, for some micro-batches: takes the operands of the first, ..., then what they share."""
         known = self._finish.get(count)
         if known is not None:
             return known

@@ -72,8 +72,8 @@ class MicroBatch:
         for (spec, leaf), version in zip(self.leaves, self._leaf_versions, strict=True):
             if leaf._version != version:
                 raise RuleError(
-                    f"{spec.of} was changed between the two stages of the backward: the pending weight gradients belong "
-                    "to its old value",
+                    f"{spec.of} was changed between the two stages of the backward: the pending weight gradients "
+                    "belong to its old value",
                     remedy="call backward_weight() before anything changes the parameters",
                 )
         for one, held, version in zip(self.program.partition.held, self.values, self._versions, strict=False):
@@ -182,7 +182,7 @@ class WeightQueue:
 
 def _hand_over(results: Iterable[tuple[Any, Any]], one: MicroBatch) -> None:
     """Give gradients to autograd, which adds them into `.grad`."""
-    leaves = {spec: leaf for spec, leaf in one.leaves}
+    leaves: dict[Any, torch.Tensor] = dict(one.leaves)
     gradients: list[Any] = []
     targets: list[torch.Tensor] = []
     for spec, result in results:
