@@ -115,12 +115,14 @@ def _launch_layer_norm_backward(
     )  # fmt: skip
     if weight is None:
         return dx, x.new_empty(0), x.new_empty(0)
-    programs = min(256, (count + 31) // 32)
+    # a power of two, so that few kernels serve all batch sizes
+    per_program = max(32, next_power_of_two((count + 255) // 256))
+    programs = (count + per_program - 1) // per_program
     dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     dbias = torch.empty_like(dweight) if bias is not None else None
     norms.parameters[lambda meta: (programs, (width + meta["COLUMNS"] - 1) // meta["COLUMNS"])](
         g_rows, x_rows, mean, rstd, dweight, dbias, g_rows.stride(0), x_rows.stride(0), count, width,
-        (count + programs - 1) // programs, SHIFT=bias is not None,
+        per_program, SHIFT=bias is not None,
     )  # fmt: skip
     summed = dweight.sum(0).to(weight.dtype).view(weight.shape)
     return dx, summed, x.new_empty(0) if dbias is None else dbias.sum(0).to(weight.dtype).view(weight.shape)

@@ -55,7 +55,7 @@ def _launch(
     count, inner = rows.shape
     out = torch.empty(*x.shape[:-1], features, dtype=x.dtype, device=x.device)
     projection.project[lambda meta: (-(-count // meta["ROWS"]), -(-features // meta["COLUMNS"]))](
-        rows, counter, out, rows.stride(0), rows.stride(1), count, inner, features, stream, scale,
+        rows, counter, out, rows.stride(0), rows.stride(1), count, inner, features, inner * features, stream, scale,
         DISTRIBUTION=distribution, ALIGNED=features % 4 == 0, WIDE=interpreting(),
     )  # fmt: skip
     return out

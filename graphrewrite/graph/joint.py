@@ -652,7 +652,7 @@ class JointGraph(GraphCore):
         sizes = [self._size(of, dim) for of, dim in getattr(codec, "sizes", ())]
         symbols = [s for s in sizes if isinstance(s, fx.Node)]
         stream = self.stream() if getattr(codec, "random", False) else 0
-        coder = codec if self.context.coder is None else self.context.coder(codec)
+        coder: Any = codec if self.context.coder is None else self.context.coder(codec)
         shape = [self._size(node, dim) for dim in order]
         mark = self.output_node.prev
 

@@ -10,7 +10,7 @@ _CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in
 
 @tuned(_CONFIGS, key=["width"])
 @triton.jit
-def forward(h, out, squares, row_stride, width, eps, BLOCK: tl.constexpr):
+def forward(h, out, squares, row_stride, width: tl.constexpr, eps, BLOCK: tl.constexpr):
     """Squares = sum h^2; out = h / (sqrt(squares / width) + eps)."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -31,7 +31,7 @@ def forward(h, out, squares, row_stride, width, eps, BLOCK: tl.constexpr):
 @triton.jit
 def backward(
     h, squares, g_squares, g_out, dh,
-    row_stride, g_stride, width, eps,
+    row_stride, g_stride, width: tl.constexpr, eps,
     NORMALISED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Dh = 2 h g_s + g_o / d - h (g_o . h) / (width r d^2), with r = sqrt(squares / width) and d = r + eps."""

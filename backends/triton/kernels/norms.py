@@ -67,7 +67,7 @@ def backward(
 @triton.jit
 def parameters(
     g, x, mean, rstd, dweight, dbias,
-    g_stride, x_stride, rows, width, per_program,
+    g_stride, x_stride, rows, width, per_program: tl.constexpr,
     SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over `per_program` rows of the gradients of weight and bias, one row of results per program."""

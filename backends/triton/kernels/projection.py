@@ -33,7 +33,7 @@ def _bits(counter, stream, row, column, features, first, ALIGNED: tl.constexpr, 
 @triton.jit(do_not_specialize=["stream"])
 def project(
     x, counter, out,
-    x_row, x_column, rows, inner, features, stream, scale,
+    x_row, x_column, rows, inner: tl.constexpr, features, elements, stream, scale,
     DISTRIBUTION: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def project(
         elif DISTRIBUTION == "uniform":
             right = 2.0 * to_uniform(word) - 1.0
         else:
-            other = _bits(counter, stream, k, first, features, tl.cast(inner, tl.int64) * features, ALIGNED, COLUMNS)
+            other = _bits(counter, stream, k, first, features, elements, ALIGNED, COLUMNS)
             radius = tl.sqrt(-2.0 * tl.log(1.0 - to_uniform(word)))
             right = radius * tl.cos(6.283185307179586 * to_uniform(other))
         # rows of B beyond the last one meet zeros of x
