@@ -1,4 +1,4 @@
-"""Schedules made for measured costs: fixed ones are only near the best where forward and both backwards take equally long.
+"""Schedules made for measured costs: fixed ones are only near the best where F, I and W take equally long.
 
 A greedy scheduler runs the pipeline in simulated time. A process that is free takes what is ready, in an order of
 preference, and never holds more than its cap. Several preferences and warm-ups are tried; the shortest schedule wins.
@@ -114,10 +114,8 @@ def _greedy(
 ) -> list[list[Action]] | None:
     """One run: whenever a process is free, the best of what is ready; None if it stops.
 
-    Args:
-        order: Kinds by preference.
-        eager: Of forwards, take those of later stages first.
-        deep: Compute weight gradients only where nothing else could start before they end.
+    `limits` are the bytes that each process may hold, `order` the kinds by preference. `eager`: of forwards, those of
+    later stages go first. `deep`: weight gradients wait if something else could start before they are half over.
     """
     last, ranks = len(costs) - 1, max(place) + 1
     waiting: list[dict[Action, float]] = [{} for _ in range(ranks)]
