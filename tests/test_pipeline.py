@@ -32,8 +32,8 @@ from graphrewrite.testing import zoo
 
 MICRO_BATCHES = 4
 SIZE = 3
-RUNS = {"1F1B": 2, "ZBVZeroBubble": 4}
-SLOW_RUNS = {"GPipe": 2, "InterleavedZeroBubble": 4, "LoopedBFS": 4, "Interleaved1F1B": 4, "DualPipeV": 4}
+RUNS = {"ZBVZeroBubble": 4}
+SLOW_RUNS = {"GPipe": 2, "1F1B": 2, "InterleavedZeroBubble": 4, "LoopedBFS": 4, "Interleaved1F1B": 4, "DualPipeV": 4}
 
 
 def blocks_model() -> nn.Module:
