@@ -537,8 +537,13 @@ def test_step_before_the_second_stage_is_refused(ready, taken):
 def test_weights_that_changed_in_between_are_refused(ready):
     with torch.no_grad():
         ready.module[2].weight.mul_(2)
+    for concat in (False, True):
+        with pytest.raises(gr.RuleError, match=r"2\.weight was changed between the two stages"):
+            ready.backward_weight(concat=concat)
+    assert ready.pending == 1  # nothing was lost
+    task = ready.weight_task()
     with pytest.raises(gr.RuleError, match=r"2\.weight was changed between the two stages"):
-        ready.backward_weight()
+        task()
 
 
 def test_a_cotangent_that_changed_in_between_is_refused():
