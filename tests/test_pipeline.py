@@ -143,7 +143,7 @@ def work(rank: int, slow: bool):
         made = optimise([StageCost(1, 1.3, 0.7)] * 4, [0, 1, 1, 0], MICRO_BATCHES)
         found["optimised"] = run_schedule(made.actions, 4)
         found["tied"] = run_tied()
-        found["fa"] = run_schedule("ZBVZeroBubble", 4, rule="fa")
+        found["fa"] = run_schedule("1F1B", 2, rule="fa")
     else:
         found["local"] = run_local()
         found["dfa"] = run_dfa()
