@@ -19,6 +19,11 @@ REGISTRY = {
     "triton": "graphrewrite.backends.triton:lower",
 }
 
+CODERS = {
+    "triton": "graphrewrite.backends.triton.quantise:coder",
+}
+"""Backend -> a function from a codec to what encodes and decodes in its place, or to the codec itself."""
+
 
 @dataclass(frozen=True)
 class Taken:

@@ -99,6 +99,7 @@ class _Holder(nn.Module):
         self._count = len(inputs)
 
     def forward(self, *fed: Any) -> Any:
+        """The graph on its inputs that are no parameters."""
         values: list[Any] = [None] * self._count
         for i, given in zip(self._fed, fed, strict=True):
             values[i] = given
@@ -109,6 +110,8 @@ class _Holder(nn.Module):
         return self._run(*values)
 
     def runner(self, compiled: CompiledModule) -> Callable[..., Any]:
+        """What Dynamo calls with all inputs of the graph."""
+
         def run(*values: Any) -> Any:
             for i, name in self._names.items():
                 self._parameters[name] = values[i]
@@ -118,9 +121,9 @@ class _Holder(nn.Module):
 
 
 def _parameter_name(target: str, taken: set[str]) -> str:
-    """`0_weight` for `L_self_modules_0_parameters_weight_`."""
-    name = re.sub(r"_?(L_self|modules|parameters)_", "_", target).strip("_") or "parameter"
-    name = re.sub(r"__+", "_", name)
+    """`0_weight` for `L_self_modules_0_parameters_weight_`: Dynamo's name without what is around the model's own."""
+    inner = re.sub(r"^L_\w*?_(?=modules_|parameters_)", "", target)
+    name = re.sub(r"__+", "_", re.sub(r"(?:^|_)(?:modules|parameters)_", "_", inner)).strip("_") or "parameter"
     return name if name not in taken else f"{name}_{len(taken)}"
 
 

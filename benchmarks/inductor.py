@@ -24,13 +24,13 @@ import graphrewrite as gr
 
 def cases() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]]:
     return {
-        "mlp 8 x 1024, batch 256": (
-            lambda: mlp(1024, 8),
-            lambda: (torch.randn(256, 1024), torch.randint(0, 10, (256,))),
+        "mlp 6 x 512, batch 128": (
+            lambda: mlp(512, 6),
+            lambda: (torch.randn(128, 512), torch.randint(0, 10, (128,))),
         ),
-        "transformer 4 x 256, 4 x 128 tokens": (
-            lambda: nn.Sequential(*[Layer(256, 4) for _ in range(4)], nn.Linear(256, 10)),
-            lambda: (torch.randn(4, 128, 256), torch.randint(0, 10, (4, 128))),
+        "transformer 2 x 128, 4 x 128 tokens": (
+            lambda: nn.Sequential(*[Layer(128, 4) for _ in range(2)], nn.Linear(128, 10)),
+            lambda: (torch.randn(4, 128, 128), torch.randint(0, 10, (4, 128))),
         ),
     }
 

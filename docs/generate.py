@@ -68,6 +68,8 @@ def rules_page() -> str:
             "Forward": "trains a forward of its own: read it through `compiled.predict(x)`"
             if rule.changes_forward is True
             else "",
+            "Trained": _trained(name),
+            "Measured": _measured(name),
         }
         parts += [f"- **{key}**: {held}" for key, held in facts.items() if held]
         parts += ["", _docstring(rule)]
@@ -163,6 +165,50 @@ def _certificate(name: str) -> list[str]:
         return [f"not defined here: {_cell(error.message)}", *[""] * len(PROPERTIES)]
     held = compiled.report().certificates
     return [*("yes" if getattr(held, p) else "no" for p in PROPERTIES), str(held.locality_radius)]
+
+
+RESULTS = FOLDER.parent / "benchmarks" / "results"
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    held = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    return [row for row in held if isinstance(row, dict)] if isinstance(held, list) else []
+
+
+def _trained(name: str) -> str:
+    """The models that the rule was tried on and trains."""
+    models = next((row["models"] for row in _rows(RESULTS / "rule_models.json") if row["rule"] == name), {})
+    trains = [model for model, outcome in models.items() if outcome == "trains"]
+    return f"{', '.join(trains)} ([what was tried](rule_models.md))" if trains else ""
+
+
+def _measured(name: str) -> str:
+    """What the result files say of the rule beside what they say of backpropagation."""
+    found = []
+    for file in sorted(RESULTS.glob("*.json")):
+        rows = [row for row in _rows(file) if isinstance(row.get("rule"), str)]
+        references = {_setting(row): _error(row) for row in rows if row["rule"] == "bp"}
+        for row in rows:
+            error, reference = _error(row), references.get(_setting(row))
+            if error and row["rule"].partition("{")[0] == name:
+                where = f"{_setting(row)}, " if _setting(row) else ""
+                beside = f", bp {reference}" if reference and name != "bp" else ""
+                found.append(f"`{row['rule']}` test error {error}{beside} ({where}`benchmarks/results/{file.name}`)")
+    return "; ".join(dict.fromkeys(_cell(one) for one in found))
+
+
+def _setting(row: dict[str, Any]) -> str:
+    held = [str(row[key]) for key in ("net", "task", "model") if isinstance(row.get(key), str)]
+    return ", ".join([*held, *([f"seed {row['seed']}"] if isinstance(row.get("seed"), int) else [])])
+
+
+def _error(row: dict[str, Any]) -> str:
+    for key in ("test_error_percent", "test_error", "test accuracy by epoch", "test_accuracy"):
+        held = row.get(key)
+        last = held[-1] if isinstance(held, list) and held else held
+        if isinstance(last, (int, float)):
+            return f"{100 * (1 - last):.2f} %" if "accuracy" in key else f"{last:.2f} %"
+    return ""
 
 
 def _docstring(found: Any) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.analysis.sparsity import tap_zeros
-from graphrewrite.backends import Run, Taken
+from graphrewrite.backends import CODERS, Run, Taken
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
@@ -96,6 +96,9 @@ def build_program(
             graph.leaves[node] = None
     graph.current_pass = "differentiate"
     differentiate(graph, seeded=kind in ("forward", "loss", "evaluate"))
+    compresses = options.compress is not None and kind in ("forward", "loss")
+    if compresses and getattr(options.compress, "relative", False) and any(r.name != "bp" for _, r in rules):
+        graph.context.bp_bytes = _saved_by_backpropagation(graph)
     pipeline.stage("differentiate", graph)
     operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
     graph = pipeline.run([p for p in operator_passes if p.before_rules], graph)
@@ -111,6 +114,7 @@ def build_program(
                 graph.tap(node, block)
         else:
             rule.rewrite_forward(graph)
+    graph.table.require_derivatives()
     if kind == "feedback":
         kept = (StateUpdate, ParameterUpdate)
         graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, kept)})
@@ -137,7 +141,7 @@ def build_program(
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
     extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
     graph.context.example = probe  # type: ignore[assignment]
-    if options.compress is not None and kind in ("forward", "loss"):
+    if compresses and options.compress is not None:
         extra.append(options.compress)
     if extra:
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
@@ -169,6 +173,8 @@ def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, tar
         dynamic=options.dynamic,
     )
     captured.graph.context.seed = options.seed
+    if options.backend in CODERS:
+        captured.graph.context.coder = registry.load(CODERS[options.backend])
     assign_blocks(captured.graph, model, options.blocks)
     options.rules.assign(captured.graph)
     return captured
@@ -184,6 +190,14 @@ def _lower(part: Partition, options: Options) -> Sequence[Run]:
         taken = Taken("eager", reason=error.message)
         part.coverage = {node: taken for node in part.graph.nodes if node.op == "call_function"}
         return registry.find("backend", options.fallback)(part)  # type: ignore[no-any-return]
+
+
+def _saved_by_backpropagation(graph: JointGraph) -> int:
+    """Bytes that the exact backward of a differentiated graph would save: what a relative budget is a fraction of."""
+    expanded = expand(graph.copy())
+    for name in CLEANUP:
+        expanded = textform.build("pass", name).run(expanded).graph
+    return partition(expanded).saved_bytes
 
 
 def _wants_gradient(spec: Any, inputs: Inputs) -> bool:

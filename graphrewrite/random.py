@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,6 +78,18 @@ def uniform(
 
 def _unit(words: torch.Tensor) -> torch.Tensor:
     return ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The uniform numbers of one stream, as a function of the shape that is wanted."""
+
+    counter: torch.Tensor
+    stream: int
+
+    def __call__(self, size: Sequence[Any]) -> torch.Tensor:
+        """Uniform on [0, 1), float32."""
+        return uniform(self.counter, self.stream, size)
 
 
 def normal(counter: torch.Tensor, stream: int, size: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -85,8 +85,8 @@ def batch(n: int = 7, dtype=torch.float64):
     return torch.randn(n, 4, dtype=dtype), torch.randint(0, 3, (n,))
 
 
-def compiled_with(model, compress, x, y, rule="bp", **options):
-    return gr.compile(model, rule, compress=compress, example_inputs=x, example_targets=y, **options)
+def compiled_with(model, compress, x, y, rule="bp", dynamic=None, **options):
+    return gr.compile(model, rule, compress=compress, example_inputs=x, example_targets=y, dynamic=dynamic, **options)
 
 
 def with_tables(model: nn.Sequential, fns, tables) -> nn.Sequential:
@@ -130,12 +130,16 @@ def test_codes_name_the_levels_of_the_table(name):
 # --- whole models --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, *(pytest.param(b, marks=SLOW) for b in (1, 3, 4))])
-def test_every_function(bits):
-    """Thirteen activations in one net, gradient by gradient."""
-    fns = list(FUNCTIONS.values())
+@pytest.mark.parametrize(
+    ("names", "bits"),
+    [(("softsign", "selu"), 2), *(pytest.param(tuple(FUNCTIONS), b, marks=SLOW) for b in BITS)],
+    ids=str,
+)
+def test_every_function(names, bits):
+    """Thirteen activations in one net, gradient by gradient; two of them by default."""
+    fns = [FUNCTIONS[name] for name in names]
     model, (x, y) = net(*fns), batch()
-    compiled = compiled_with(model, f"fewbit{{bits={bits},always=true}}", x, y, dynamic=None)
+    compiled = compiled_with(model, f"fewbit{{bits={bits},always=true}}", x, y)
     expected = oracle(model, fns, [table(fn, bits) for fn in fns], x, y)
     assert_close(train_step(compiled, x, y), expected, rtol=1e-9)
     exact = eager_grads(model, F.cross_entropy(model(x), y))
@@ -177,15 +181,12 @@ def test_saved_bytes_are_those_of_packed_codes():
     """Odd sizes: 7 x 5 x 9 elements per activation; what autograd holds is what the report says, and the formula."""
     model = nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Linear(9, 9), Written(), nn.Linear(9, 3))
     x, y = torch.randn(7, 5, 4), torch.randint(0, 3, (7, 5))
-    exact = gr.compile(model, example_inputs=x, example_targets=y)
-    known = [*model.parameters(), x, y]
-    count, full = 7 * 5 * 9, exact.report().saved_bytes
+    known, count = [*model.parameters(), x, y], 7 * 5 * 9
     compiled = compiled_with(model, ["fewbit{bits=3}"], x, y)
     report = compiled.report().saved_bytes
     assert report == saved_bytes(lambda: compiled.loss(x, y), [*known, *constants(compiled)])
     # left: two inputs of linear layers, the loss's own, and the codes; the written-out GELU kept four tensors
     assert report == 2 * 4 * count + 2 * packed_size(count, 3) + 4 * 7 * 5 * 3 + 4
-    assert report < 0.5 * full
 
 
 def constants(compiled) -> list[torch.Tensor]:
@@ -204,9 +205,9 @@ def test_views_batches_and_dtypes():
             return self.last(F.gelu(self.first(x).transpose(0, 1)).transpose(0, 1))
 
     model, (x, y) = Turned().double(), batch()
-    found = table(F.gelu, 3)
+    found = table(F.gelu, 2)
     reference = copy.deepcopy(model)
-    compiled = compiled_with(model, "fewbit", x, y)
+    compiled = compiled_with(model, "fewbit{bits=2}", x, y, dynamic="auto")
     for n in (7, 5, 12):
         x, y = batch(n)
         grads = train_step(compiled, x, y)
@@ -219,7 +220,7 @@ def test_views_batches_and_dtypes():
     assert all(g.shape == p.shape for g, p in zip(grads.values(), model.parameters(), strict=True))
     half = copy.deepcopy(model).bfloat16()
     x, y = batch(9, torch.bfloat16)
-    grads = train_step(compiled_with(half, "fewbit", x, y), x, y)
+    grads = train_step(compiled_with(half, "fewbit{bits=2}", x, y), x, y)
     hidden = half.first(x).detach()
     out = half.last(F.gelu(hidden))
     (g,) = torch.autograd.grad(F.cross_entropy(out, y), half.last.bias)
@@ -253,8 +254,9 @@ def test_says_why_an_operator_was_not_taken():
     assert "found no operator" in said
     assert_close(train_step(compiled, x, y), eager_grads(model, F.cross_entropy(model(x), y)), rtol=1e-12)
     # asked for by name, it is an error that names the place
+    squares = nn.Sequential(nn.Linear(4, 6), Act(lambda h: h**2), nn.Linear(6, 3)).double()
     with pytest.raises(gr.RuleError, match="unbounded") as caught:
-        compiled_with(nn.Sequential(nn.Linear(4, 6), Act(lambda h: h**2), nn.Linear(6, 3)).double(), {"1": "fewbit"}, x, y)
+        compiled_with(squares, {"1": "fewbit"}, x, y)
     assert "module 1" in str(caught.value)
 
 
@@ -266,7 +268,7 @@ def test_selects_modules():
     other[1], other[5] = Act(by_table(F.gelu, table(F.gelu, 3))), Act(by_table(F.silu, table(F.silu, 1)))
     assert_close(train_step(compiled, x, y), eager_grads(other, F.cross_entropy(other(x), y)), rtol=1e-9)
     with pytest.raises(gr.RuleError, match="matches no module"):
-        compiled_with(model, "fewbit{only=[\"nowhere\"]}", x, y)
+        compiled_with(model, 'fewbit{only=["nowhere"]}', x, y)
     built = textform.build("codec", 'fewbit{bits=2,weight=normal,skip=["a.*"]}')
     assert built == FewBit(bits=2, weight="normal", skip=("a.*",))
     assert textform.build("codec", str(built)) == built
@@ -281,15 +283,15 @@ def test_refuses_bits_out_of_range(text):
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["dfa", "mono_forward"])
+@pytest.mark.parametrize("rule", ["dfa", pytest.param("mono_forward", marks=SLOW)])
 def test_with_other_rules(rule):
     """The same rule on a model with the table built in: same feedback, same heads, same gradients."""
     model, (x, y) = net(F.gelu, F.silu), batch()
     fns = [F.gelu, F.silu]
     compiled = compiled_with(model, "fewbit{bits=2,always=true}", x, y, rule, blocks="layers", seed=3)
     built_in = with_tables(model, fns, [table(fn, 2) for fn in fns])
-    reference = gr.compile(built_in, rule, example_inputs=x, example_targets=y, blocks="layers", seed=3)
-    plain = gr.compile(copy.deepcopy(model), rule, example_inputs=x, example_targets=y, blocks="layers", seed=3)
+    reference = compiled_with(built_in, None, x, y, rule, blocks="layers", seed=3)
+    plain = compiled_with(copy.deepcopy(model), None, x, y, rule, blocks="layers", seed=3)
     found, wanted, exact = (train_step(c, x, y) for c in (compiled, reference, plain))
     assert_close(found, wanted, rtol=1e-9)
     assert (found["0.weight"] - exact["0.weight"]).norm() > 1e-3 * exact["0.weight"].norm()
@@ -303,6 +305,10 @@ def test_approx_bp_is_a_sum_of_relus():
     """The published derivative, from its formula: Σ a_i [x > c_i]."""
     model, (x, y) = net(F.gelu, F.silu, F.mish), batch(40)
     compiled = compiled_with(model, "approx_bp", x, y)
+    with pytest.raises(gr.RuleError, match="constants are for 2 bits"):
+        compiled_with(model, "approx_bp{bits=3}", x, y)
+    with pytest.raises(gr.RuleError, match="knows no constants"):
+        compiled_with(model, "approx_bp{constants=guessed}", x, y)
     assert any("no constants are published" in text for text in reasons(compiled, "approx_bp"))
 
     class Relus(torch.autograd.Function):
@@ -322,6 +328,7 @@ def test_approx_bp_is_a_sum_of_relus():
     assert_close(train_step(compiled, x, y), eager_grads(other, F.cross_entropy(other(x), y)), rtol=1e-9)
 
 
+@SLOW
 def test_approx_bp_derives_constants_for_any_activation():
     model, (x, y) = net(F.mish, Written()), batch(40)
     compiled = compiled_with(model, "approx_bp{constants=derived}", x, y)
@@ -329,7 +336,3 @@ def test_approx_bp_derives_constants_for_any_activation():
     tables = [table(fn, 2, objective="primitive", pinned=True) for fn in fns]
     assert_close(train_step(compiled, x, y), oracle(model, fns, tables, x, y), rtol=1e-6)
     assert tables[1].primitive_error == pytest.approx(published_table("gelu").primitive_error, rel=0.02)
-    with pytest.raises(gr.RuleError, match="constants are for 2 bits"):
-        compiled_with(model, "approx_bp{bits=3}", x, y)
-    with pytest.raises(gr.RuleError, match="knows no constants"):
-        compiled_with(model, "approx_bp{constants=guessed}", x, y)

@@ -134,7 +134,8 @@ def test_graph_and_certificate():
     assert sizes[0] == sizes[1]
     assert sizes[0][0] == 4
     found = compiled.report().certificates
-    assert [bool(b.weight_transport) for b in found.blocks] == [True, True, False]
+    # the read-out, too: the states it reads have settled through the weights of the block behind
+    assert all(b.weight_transport for b in found.blocks)
     assert [b.locality_radius for b in found.blocks] == [2, 1, 0]
     assert [bool(b.backward_locked) for b in found.blocks] == [True, True, False]
 

@@ -190,7 +190,7 @@ def test_few_bit_activation(kind, dtype):
     y, codes = activation.few_bit_activation.launch(x, BORDERS.to(DEVICE), kind, 2)
     close(y, activation.ACTIVATIONS[kind](x.double()), dtype)
     code = (x.float().flatten()[:, None] >= BORDERS.to(DEVICE)).sum(1)
-    padded = torch.cat([code, code[-1:]])
+    padded = torch.cat([code, torch.zeros_like(code[-1:])])
     planes = padded.view(4, 23)
     expected = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
     assert torch.equal(codes.to(torch.int64), expected)

@@ -108,6 +108,10 @@ def test_the_certificate_of_a_mixture_is_that_of_its_blocks():
     assert [bool(proved[b].weight_transport) for b in "0246"] == [False, False, True, False]
     assert [bool(proved[b].backward_locked) for b in "0246"] == [False, False, True, False]
     assert all(proved[b].global_error for b in "0246")
+
+
+@SLOW
+def test_locality_of_a_mixture_is_as_certified():
     x, y = batch()
     rule = {"0": "dfa", "2": "zeroth_order", "4": "predictive_coding{steps=3}"}
     assert_locality_is_certified(net(), rule, x, y, blocks="layers")

@@ -71,9 +71,17 @@ def estimate(model, x, y, *, eps, queries, difference, distribution) -> dict[str
     ("rule", "options"),
     [
         ("zeroth_order", {"queries": 1, "difference": "central", "distribution": "normal"}),
-        ("zeroth_order{queries=3,distribution=sign}", {"queries": 3, "difference": "central", "distribution": "sign"}),
+        pytest.param(
+            "zeroth_order{queries=3,distribution=sign}",
+            {"queries": 3, "difference": "central", "distribution": "sign"},
+            marks=SLOW,
+        ),
         ("zeroth_order{method=stein,queries=4}", {"queries": 4, "difference": "forward", "distribution": "normal"}),
-        ("zeroth_order{difference=single}", {"queries": 1, "difference": "single", "distribution": "normal"}),
+        pytest.param(
+            "zeroth_order{difference=single}",
+            {"queries": 1, "difference": "single", "distribution": "normal"},
+            marks=SLOW,
+        ),
     ],
 )
 def test_directions_by_hand(make, rule, options):
@@ -240,7 +248,17 @@ def test_noise_is_a_function_of_seed_step_and_rank():
     for other in ({"seed": 1}, {"step": 1}, {"rank": 1}):
         found = gradients(**other)
         assert all(not torch.allclose(base[n], found[n]) for n in base), other
-    assert_equal(gradients("zeroth_order{shared=true}", rank=1), gradients("zeroth_order{shared=true}", rank=0))
+
+
+@SLOW
+def test_shared_directions_are_those_of_every_rank():
+    model = mlp()
+    x, y = batch(model)
+    compiled = gr.compile(model, "zeroth_order{shared=true}", example_inputs=x, example_targets=y)
+    first = train_step(compiled, x, y)
+    compiled.set_extra_state({"step": 0})
+    compiled._rank = 1
+    assert_equal(first, train_step(compiled, x, y))
 
 
 @SLOW
@@ -263,7 +281,7 @@ def test_no_activation_is_held():
     """Saved for the backward: K numbers. Peak beside the gradients: not a function of depth."""
     peaks = []
     x, y = torch.randn(256, 16), torch.randint(0, 10, (256,))
-    for depth in (2, 8):
+    for depth in (2, 5):
         model = equal_blocks(depth, 16)
         compiled = gr.compile(model, "zeroth_order{queries=2}", example_inputs=x, example_targets=y)
         assert compiled.program().partition.saved_bytes == 8
@@ -271,7 +289,7 @@ def test_no_activation_is_held():
         peaks.append(measured_peak(compiled, x, y) - gradient_bytes(model))
     assert peaks[1] <= peaks[0] * 1.05
     bp = measured_peak(gr.compile(model, "bp", example_inputs=x, example_targets=y), x, y) - gradient_bytes(model)
-    assert peaks[1] < bp / 3
+    assert peaks[1] < bp / 2
 
 
 @pytest.mark.parametrize("rule", ["zeroth_order", pytest.param("zeroth_order{method=stein,queries=3}", marks=SLOW)])

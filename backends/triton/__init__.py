@@ -111,7 +111,7 @@ def choose(node: fx.Node) -> Choice:
 
 
 def _checked(kernel: Kernel, args: tuple[Any, ...], arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Choice:
-    fakes = arguments(fx.map_arg(args, value))  # type: ignore[arg-type]
+    fakes = arguments(fx.map_arg(args, value))
     reason = kernel.why_not(*fakes)
     if reason:
         return Choice(Taken("eager", kernel.name, reason))

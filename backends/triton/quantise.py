@@ -8,13 +8,16 @@ nothing is stored but codes, scales and minima.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graphrewrite.backends.triton.support import next_power_of_two, operator, unfit
+from graphrewrite.backends.triton.support import next_power_of_two, operator, unavailable, unfit
+from graphrewrite.passes.compression._integers import GroupedInteger
 from graphrewrite.passes.compression._packing import packed_size, scale_dtype
 
-from graphrewrite import random, registry
+from graphrewrite import registry
+from graphrewrite.random import Uniform
 
 WIDTHS = (8, 4, 2)
 LONGEST = 4096
@@ -27,7 +30,7 @@ def _codec(bits: int, group: int, symmetric: bool, stochastic: bool) -> Any:
 
 def levels(bits: int, symmetric: bool) -> int:
     """Steps between the least and the greatest code; half of them if symmetric."""
-    return 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    return (1 << (bits - 1)) - 1 if symmetric else (1 << bits) - 1
 
 
 def _why_not(x: torch.Tensor, bits: int, group: int) -> str:
@@ -42,16 +45,17 @@ def _why_not(x: torch.Tensor, bits: int, group: int) -> str:
 
 
 def _reference(
-    x: torch.Tensor, counter: torch.Tensor, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool
+    x: torch.Tensor, counter: torch.Tensor | None, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool
 ) -> list[torch.Tensor]:
     codec = _codec(bits, group, symmetric, stochastic)
     if not stochastic:
         return [t.contiguous() for t in codec.encode(x)]
-    return [t.contiguous() for t in codec.encode(x, draw=lambda size: random.uniform(counter, stream, size))]
+    assert counter is not None
+    return [t.contiguous() for t in codec.encode(x, draw=Uniform(counter, stream))]
 
 
 def _launch(
-    x: torch.Tensor, counter: torch.Tensor, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool
+    x: torch.Tensor, counter: torch.Tensor | None, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool
 ) -> list[torch.Tensor]:
     from graphrewrite.backends.triton.kernels import quantise
 
@@ -82,7 +86,7 @@ def _launch(
 
 
 def _fake(
-    x: torch.Tensor, counter: torch.Tensor, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool
+    x: torch.Tensor, counter: torch.Tensor | None, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool
 ) -> list[torch.Tensor]:
     rows = (x.numel() + group - 1) // group
     codes = x.new_empty(packed_size(rows * group, bits), dtype=torch.uint8)
@@ -90,7 +94,7 @@ def _fake(
 
 
 quantize_pack = operator(
-    "quantize_pack(Tensor x, Tensor counter, int stream, int bits, int group, bool symmetric, bool stochastic)"
+    "quantize_pack(Tensor x, Tensor? counter, int stream, int bits, int group, bool symmetric, bool stochastic)"
     " -> Tensor[]",
     reference=_reference,
     launch=_launch,
@@ -135,3 +139,37 @@ unpack_dequantize = operator(
         residuals[1].new_empty(1, dtype=dtype), bits, group
     ),
 )
+
+
+# --- in the place of a codec ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Coder:
+    """`int8`, `int4` and `int2` by these operators: the same bits, two nodes of the graph."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    def encode(self, tensor: torch.Tensor, *, draw: Uniform | None = None) -> list[torch.Tensor]:
+        """Codes, scales and minima."""
+        counter, stream = (None, 0) if draw is None else (draw.counter, draw.stream)
+        found: list[torch.Tensor] = torch.ops.graphrewrite.quantize_pack(
+            tensor, counter, stream, self.bits, self.group, self.symmetric, draw is not None
+        )
+        return found
+
+    def decode(self, residuals: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the shape and dtype of `like`."""
+        found: torch.Tensor = torch.ops.graphrewrite.unpack_dequantize(
+            list(residuals), list(like.shape), like.dtype, self.bits, self.group, self.symmetric
+        )
+        return found
+
+
+def coder(codec: Any) -> Any:
+    """What encodes and decodes in the place of a codec of the graph; the codec itself where no kernel does."""
+    if unavailable() or not isinstance(codec, GroupedInteger) or codec.width not in WIDTHS or codec.group > LONGEST:
+        return codec
+    return Coder(codec.width, codec.group, codec.symmetric)

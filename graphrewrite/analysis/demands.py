@@ -280,4 +280,4 @@ def comparison_of(reader: fx.Node, position: int) -> Comparison | None:
 
 def is_pool_index(node: fx.Node) -> bool:
     """Whether a value is the index output of a max pooling."""
-    return is_getitem(node) and node.args[1] == 1 and producer(node).target is aten.max_pool2d_with_indices.default
+    return is_getitem(node) and node.args[1:] == (1,) and producer(node).target is aten.max_pool2d_with_indices.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -125,4 +126,4 @@ class Sensitivity:
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:
-    return float(sum(float(t.square().sum()) for t in tensors)) ** 0.5
+    return math.sqrt(sum(float(t.square().sum()) for t in tensors))

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from graphrewrite.cli.options import Blocks, Debug, Json, Loss, Rule, Seed, Target, one_rule
+from graphrewrite.cli.options import (
+    Blocks,
+    Budget,
+    Compress,
+    Debug,
+    Json,
+    Loss,
+    Rule,
+    Seed,
+    Target,
+    budget_of,
+    codecs_of,
+    one_rule,
+)
 from graphrewrite.cli.show import print_json, print_lines
 
 if TYPE_CHECKING:
@@ -22,12 +35,15 @@ SIGNS = {
     "added": ("+", "green"),
     "rerouted": ("~", "yellow"),
     "moved": (">", "blue"),
+    "stored": ("=", "green"),
 }
 
 
 def explain(
     target: Target,
     rule: Rule = None,
+    compress: Compress = None,
+    budget: Budget = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,7 +67,7 @@ def explain(
     loaded = load_target(target, blocks=blocks, loss=loss, seed=seed)
     explainer = Explainer()
     with observing(explainer):
-        compiled = loaded.compile(wanted)
+        compiled = loaded.compile(wanted, codecs_of(compress), budget_of(budget))
     stories = _selected(explainer.stories, [name.replace("-", "_") for name in only or ()])
     if as_json:
         print_json({"target": target, "rule": compiled.report().rule, "passes": to_json(stories)})

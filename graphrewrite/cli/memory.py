@@ -10,7 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from graphrewrite.cli.files import check_file, write_file
-from graphrewrite.cli.options import Blocks, Debug, Json, Loss, Rule, Seed, Target, one_rule
+from graphrewrite.cli.options import (
+    Blocks,
+    Budget,
+    Compress,
+    Debug,
+    Json,
+    Loss,
+    Rule,
+    Seed,
+    Target,
+    budget_of,
+    codecs_of,
+    one_rule,
+)
 from graphrewrite.cli.show import human_bytes, print_json, print_lines, print_table, row, table
 
 if TYPE_CHECKING:
@@ -26,6 +39,8 @@ if TYPE_CHECKING:
 def memory(
     target: Target,
     rule: Rule = None,
+    compress: Compress = None,
+    budget: Budget = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run a step and measure its peak as well.")] = False,
     html: Annotated[
         Path | None,
@@ -55,7 +70,7 @@ def memory(
     from graphrewrite.report.memory import by_layer
 
     loaded = load_target(target, blocks=blocks, loss=loss, seed=seed)
-    compiled = loaded.compile(wanted)
+    compiled = loaded.compile(wanted, codecs_of(compress), budget_of(budget))
     report = compiled.report()
     partition = compiled.program().partition
     curves = {"forward": forward_curve(partition), "backward": backward_curve(partition)}
@@ -133,7 +148,7 @@ def _table(groups: list[LayerGroup]) -> Table:
     from graphrewrite.report.memory import lifetime, range_of
 
     numbers = ["born", "dies", "in one layer", "in all"]
-    made = table(["layer", "value of", "type", "kind", *numbers], right=numbers)
+    made = table(["layer", "value of", "type", "kind", "codec", *numbers], right=numbers)
     for group in groups:
         for i, value in enumerate(group.values):
             source = f"{value.operator}, {value.module}" if value.module else value.operator
@@ -143,6 +158,7 @@ def _table(groups: list[LayerGroup]) -> Table:
                 source,
                 value.type,
                 value.kind,
+                value.codec,
                 *lifetime(value),
                 human_bytes(value.nbytes),
                 human_bytes(value.nbytes * len(group.layers)),
@@ -182,6 +198,7 @@ def _group(group: LayerGroup) -> dict[str, Any]:
                 "operator": v.operator,
                 "type": v.type,
                 "kind": v.kind,
+                "codec": v.codec,
                 "bytes": v.nbytes,
                 "born": [born for born, _ in v.lives],
                 "dies": [dies for _, dies in v.lives],

@@ -46,6 +46,25 @@ Rule = Annotated[
         show_default=False,
     ),
 ]
+Compress = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compress",
+        "-c",
+        metavar="CODEC",
+        help="A codec's name or text form; repeated: the first that takes a value wins; or GLOB=CODEC for a map.",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        metavar="BUDGET",
+        help="Saved bytes: 0.3 is a fraction of backpropagation's, 300000 is bytes.",
+        show_default=False,
+    ),
+]
 Blocks = Annotated[
     str, typer.Option("--blocks", "-b", metavar="BLOCKS", help="auto, layers, or module globs with commas between.")
 ]
@@ -90,6 +109,28 @@ def several_rules(texts: Sequence[str] | None) -> list[str | dict[str, str]]:
         else:
             rules.append(text)
     return rules
+
+
+def codecs_of(texts: Sequence[str] | None) -> list[str] | dict[str, list[str]] | None:
+    """What `--compress` says, as `compile` takes it: a list, or a map from module glob to one."""
+    if not texts:
+        return None
+    entries: dict[str, list[str]] = {}
+    for text in texts:
+        head, equals, rest = text.partition("=")
+        glob, codec = (head.strip(), rest.strip()) if equals and "{" not in head else ("*", text)
+        entries.setdefault(glob, []).append(codec)
+    return entries if set(entries) != {"*"} else entries["*"]
+
+
+def budget_of(text: str | None) -> float | None:
+    """What `--memory-budget` says: a whole number is bytes."""
+    if text is None:
+        return None
+    try:
+        return int(text) if text.strip().isdigit() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number", param_hint="--memory-budget") from None
 
 
 def blocks_of(text: str) -> str | list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -41,7 +42,7 @@ class Declined:
 
 
 @dataclass(frozen=True)
-class SavedCodec:
+class SavedCodec(ABC):
     """A codec that says what it costs, how wrong it is, and which saved values it takes.
 
     The fields select values; a codec's own options come in front of them.
@@ -79,6 +80,14 @@ class SavedCodec:
     positional: ClassVar[bool] = False
     on_host: ClassVar[bool] = False
     how: ClassVar[Literal["encode", "recompute", "keep"]] = "encode"
+
+    @abstractmethod
+    def encode(self, tensor: torch.Tensor) -> torch.Tensor | Sequence[torch.Tensor]:
+        """What is stored in the place of `tensor`; with `random`, takes `draw=` as well."""
+
+    @abstractmethod
+    def decode(self, residuals: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """A tensor with the shape and dtype of `like`."""
 
     @property
     def random(self) -> bool:

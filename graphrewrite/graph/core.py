@@ -92,6 +92,7 @@ class Context:
         label_classes: Set by rules that read the targets as class indices: how many classes there are.
         example: Example values of a graph's placeholders, for passes that measure.
         bp_bytes: What backpropagation saves between forward and backward; None where this graph is backpropagation.
+        coder: What encodes and decodes in the place of a codec, to the same bits: a backend's kernels.
     """
 
     loss: Callable[[Any, Any], torch.Tensor] | None = None
@@ -102,6 +103,7 @@ class Context:
     label_classes: int | None = None
     example: Callable[[GraphCore], list[Any]] | None = None
     bp_bytes: int | None = None
+    coder: Callable[[Any], Any] | None = None
 
 
 @dataclass

@@ -132,6 +132,8 @@ class Backward:
         """Edges (value, consumer) through which no cotangent returns."""
         self.mapped: dict[fx.Node, MappedGradient] = {}
         """Leaves whose gradient is another one than their cotangent."""
+        self.refused: dict[fx.Node, GraphRewriteError] = {}
+        """Operators that a cotangent reaches and that have no derivative: rules may still take it away."""
         self.deferred = 0
         self.seeded = True
         """Whether cotangents enter at the outputs."""
@@ -314,6 +316,7 @@ class Backward:
         if self.deferred:
             return
         graph = self.graph
+        self.refused.clear()
         self._drop_gone()
         forward = graph.forward_nodes()
         self._analyse(forward)
@@ -333,6 +336,11 @@ class Backward:
         graph.sort()
         graph.forward_first()
         graph.prune(backward_only=True)
+
+    def require_derivatives(self) -> None:
+        """Raise if a cotangent reaches an operator that has no derivative."""
+        for error in self.refused.values():
+            raise error
 
     def _reaching_leaves(self, forward: Sequence[fx.Node]) -> set[fx.Node]:
         """Values whose cotangent would reach a leaf through edges that are not cut."""
@@ -415,8 +423,14 @@ class Backward:
             )
             if (row.cotangents, row.active) != (cotangents, active):
                 old = row.results
-                with self._owning():
-                    row.results = self._materialise(row, cotangents, active, tape) if active else {}
+                try:
+                    with self._owning():
+                        row.results = self._materialise(row, cotangents, active, tape) if active else {}
+                except UndifferentiableError as error:
+                    self.refused[op] = error
+                    row.results = {}
+                    row.reset()
+                    continue
                 row.cotangents, row.active = cotangents, active
                 for position, before in old.items():
                     if position in row.results:
@@ -606,14 +620,18 @@ class Backward:
         return other
 
 
-def _undifferentiable(op: fx.Node, error: Exception) -> GraphRewriteError:
+class UndifferentiableError(RuleError):
+    """A cotangent reaches an operator without a derivative."""
+
+
+def _undifferentiable(op: fx.Node, error: Exception) -> UndifferentiableError:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RuleError(
+    return UndifferentiableError(
         f"operator {op.target} cannot be differentiated: {first}",
         node=op.name,
         module=info(op).module,
         source=info(op).source,
-        remedy="detach its input, or give it a derivative with torch.library.register_autograd",
+        remedy="detach its input, give it a derivative with torch.library.register_autograd, or use likelihood_ratio",
     )
 
 

@@ -65,7 +65,7 @@ from graphrewrite.graph.nodes import (
 )
 from graphrewrite.graph.ops import is_impure
 from graphrewrite.graph.pushforward import push_forward
-from graphrewrite.random import uniform
+from graphrewrite.random import Uniform
 from graphrewrite.textform import to_text
 
 if TYPE_CHECKING:
@@ -652,6 +652,7 @@ class JointGraph(GraphCore):
         sizes = [self._size(of, dim) for of, dim in getattr(codec, "sizes", ())]
         symbols = [s for s in sizes if isinstance(s, fx.Node)]
         stream = self.stream() if getattr(codec, "random", False) else 0
+        coder = codec if self.context.coder is None else self.context.coder(codec)
         shape = [self._size(node, dim) for dim in order]
         mark = self.output_node.prev
 
@@ -663,9 +664,8 @@ class JointGraph(GraphCore):
             numbers = with_sizes(given)
             laid_out = tensor if straight else tensor.permute(order)
             if not stream:
-                return codec.encode(laid_out, *numbers)
-            counter = next(given)
-            return codec.encode(laid_out, *numbers, draw=lambda size: uniform(counter, stream, size))  # type: ignore[call-arg]
+                return coder.encode(laid_out, *numbers)
+            return coder.encode(laid_out, *numbers, draw=Uniform(next(given), stream))
 
         like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
         made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)
@@ -676,7 +676,7 @@ class JointGraph(GraphCore):
             stored, rest = given[: len(residuals)], iter(given[len(residuals) :])
             numbers = with_sizes(rest)
             dims = [next(rest) if isinstance(s, fx.Node) else s for s in shape]
-            decoded = codec.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
+            decoded = coder.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
             return decoded if straight else decoded.permute([order.index(d) for d in range(len(order))])
 
         back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors, stage="", block=info(first).block)

@@ -192,7 +192,8 @@ def partition(graph: JointGraph) -> Partition:
     )
     order["weight"] = cheapest_order(graph, order["weight"], list(weight_outputs.values()), held, descending=True)
     carried = _carried([n for n in wanted if n not in forward_outputs.values()], order["backward"], set(held))
-    overwritten = {Buffer(s.name) if isinstance(s, BufferUpdate) else s.index for s in outputs if _overwrites(s)}
+    overwritten: set[Any] = {Buffer(s.name) for s in outputs if isinstance(s, BufferUpdate)}
+    overwritten |= {s.index for s in outputs if isinstance(s, InputUpdate)}
     saved = [_saved(n, n in carried, overwritten) for n in wanted]
     results = list(dict.fromkeys(forward_outputs.values()))
     forward_inputs = _inputs(order["forward"], [*results, *wanted])
@@ -234,10 +235,6 @@ def _bytes(node: fx.Node) -> int:
     if node.op == "placeholder" and not _is_tangent(node):
         return 0
     return nbytes(value(node))
-
-
-def _overwrites(spec: OutputSpec) -> bool:
-    return isinstance(spec, (BufferUpdate, InputUpdate))
 
 
 def _saved(node: fx.Node, carried: bool, overwritten: set[Any]) -> Saved:

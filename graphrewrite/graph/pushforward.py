@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from graphrewrite.errors import GraphRewriteError, RuleError
 from graphrewrite.graph.aliasing import is_view
 from graphrewrite.graph.nodes import NodeInfo, Role, flat_inputs, info, is_float, outputs_of, producer, value
-from graphrewrite.graph.ops import ATTENTIONS, NORMALISATIONS, call_operator, is_custom, is_random
+from graphrewrite.graph.ops import ATTENTIONS, NORMALISATIONS, call_operator, is_random
 
 if TYPE_CHECKING:
     from graphrewrite.graph.joint import JointGraph
@@ -69,7 +69,9 @@ def _jvp(
     wanted = [i for i, n in outputs_of(op).items() if i in tape.requires_grad() and is_float(n)]
     product = _product(op, positions)
     if product is not None:
-        return {0: graph.splice(product, [*inputs, *(arrived[inputs[p]] for p in positions)], like=_like(op), whole=False)}
+        return {
+            0: graph.splice(product, [*inputs, *(arrived[inputs[p]] for p in positions)], like=_like(op), whole=False)
+        }
     call = _call(op, wanted)
     resting = [
         p
@@ -78,9 +80,10 @@ def _jvp(
     ]
     given = [*inputs, *(arrived[inputs[p]] for p in positions)]
     rules = [_forward_mode(call, len(inputs), positions, resting), _double_vjp(call, len(inputs), positions)]
-    if is_custom(op.target) or op.target in NORMALISATIONS:
-        # custom functions have a backward only; forward mode of a normalisation would fix the sizes of its input
-        rules.reverse()
+    if op.target in NORMALISATIONS:
+        rules.reverse()  # their forward mode would fix the sizes of the input
+    if getattr(op.target, "namespace", "") != "aten":
+        rules = rules[1:]  # custom operators and functions have a backward at most; forward mode would say zero
     reasons: list[str] = []
     for rule in rules:
         last = graph.output_node.prev
@@ -172,13 +175,13 @@ def _product(op: fx.Node, positions: Sequence[int]) -> Callable[..., torch.Tenso
         moved = dict(zip(positions, given[count:], strict=True))
         sizes = iter(given[len(factors) : count])
         rest = fx.map_arg(tuple(leaves[len(factors) :]), lambda _: next(sizes))
-        total = None
+        total: torch.Tensor | None = None
         for position in (0, 1):
             if position not in moved:
                 continue
             one = [moved.get(p, given[p]) if p == position else given[p] for p in (0, 1)]
             bias = [moved.get(2) if position == 1 else None] if biased else []
-            part = target(*one, *bias, *rest, **op.kwargs)
+            part: torch.Tensor = target(*one, *bias, *rest, **op.kwargs)
             total = part if total is None else total + part
         assert total is not None
         return total

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import fx
 
+from graphrewrite.graph.codec import Treatment
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import info, is_backward, is_getitem
+from graphrewrite.graph.nodes import Role, info, is_backward, is_getitem
 from graphrewrite.graph.ops import is_vjp
 from graphrewrite.graph.text import Names, operator_name
 from graphrewrite.observe import Observer
@@ -27,7 +28,8 @@ class Firing:
     """One node that a pass changed.
 
     Attributes:
-        kind: `"removed"`, `"replaced"` (by an existing node), `"added"`, `"rerouted"` or `"moved"` (to another stage).
+        kind: `"removed"`, `"replaced"` (by an existing node), `"added"`, `"rerouted"`, `"moved"` (to another
+            stage) or `"stored"` (a saved value that is kept in another form).
         node: Its printed name.
         operator: What it computes.
         role: What it is for.
@@ -111,8 +113,15 @@ class Explainer(Observer):
         names = Names(before), Names(after)
         entries = after.log.entries[self._told :]
         self._told += len(entries)
-        fired = tuple(_changes(before, after, *names))
+        treated = [] if after.treatments == before.treatments else after.treatments
+        fired = tuple(_stored(treated) if treated else _changes(before, after, *names))
         declined = [_refusal(node, reason, ((before, names[0]), (after, names[1]))) for _, node, reason in entries]
+        told = {one.node for one in declined}
+        declined += [
+            Refusal(one.name, one.block, one.module, "", one.why)
+            for one in treated
+            if one.codec == "keep" and one.name not in told
+        ]
         if isinstance(event.ran, Rule):
             declined += _untouched_blocks(after, fired, declined)
         self.stories.append(
@@ -177,6 +186,14 @@ def _changes(before: JointGraph, after: JointGraph, old: Names, new: Names) -> I
             yield _firing("rerouted", node, new, reread)
         if info(match).stage != info(node).stage:
             yield _firing("moved", node, new, f"to the {info(node).stage or 'default'} stage")
+
+
+def _stored(treated: Iterable[Treatment]) -> Iterable[Firing]:
+    """The treatments of saved values: they say more than the operators that carry them out."""
+    for one in treated:
+        if one.codec != "keep":
+            text = f"as {one.codec}, {one.before:,} -> {one.after:,} bytes: {one.why}"
+            yield Firing("stored", one.name, one.operator, str(Role.FORWARD), one.block, one.module, "", text)
 
 
 def _heirs(was: dict[str, fx.Node], now: dict[str, fx.Node]) -> dict[str, str]:

@@ -22,6 +22,7 @@ class LayerValue:
         operator: What computed it.
         type: dtype and shape.
         kind: As in `SavedRow`.
+        codec: As in `SavedRow`.
         nbytes: Bytes in one layer.
         lives: For each layer, the operators that compute it and read it last, counted in the order in which they run.
     """
@@ -30,6 +31,7 @@ class LayerValue:
     operator: str
     type: str
     kind: str
+    codec: str
     nbytes: int
     lives: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
@@ -58,7 +60,8 @@ def by_layer(rows: Sequence[SavedRow], order: Sequence[str]) -> list[LayerGroup]
     for row in rows:
         if row.nbytes:
             lives = ((row.born, row.dies),)
-            value = LayerValue(_below(row.module, row.block), row.operator, row.type, row.kind, row.nbytes, lives)
+            where = _below(row.module, row.block)
+            value = LayerValue(where, row.operator, row.type, row.kind, row.codec, row.nbytes, lives)
             layers.setdefault(row.block, []).append(value)
     groups: dict[tuple[LayerValue, ...], list[str]] = {}
     rank = {name: i for i, name in enumerate(order)}

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from graphrewrite.analysis.certificates import Certificates, certify
+from graphrewrite.analysis.liveness import backward_curve, forward_curve
 from graphrewrite.backends import Taken
 from graphrewrite.graph.aliasing import base_of
+from graphrewrite.graph.codec import Treatment
 from graphrewrite.graph.nodes import info, is_getitem, value
 from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.text import Names, operator_name
@@ -31,6 +33,8 @@ class SavedRow:
         operator: What computed it.
         type: dtype and shape.
         nbytes: Bytes at the example's sizes; 0 for inputs, parameters and sizes, which are referenced.
+        codec: Text form of the codec that the value is stored by; "" for one that is stored as it is. What is named is
+            the value, `type` and `nbytes` are those of what is stored.
         kind: `"activation"`, `"input"` (an input, parameter or buffer), `"gradient"` (computed early) or `"size"`.
         born: The operator that computes it, counted in the order in which they run (as `schedule` does).
         dies: The last operator that reads it.
@@ -45,6 +49,7 @@ class SavedRow:
     kind: str
     born: int = 0
     dies: int = 0
+    codec: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,10 @@ class Report:
     notes: tuple[tuple[str, str, str], ...] = ()
     held: tuple[SavedRow, ...] = ()
     """What lives between the two stages of a split backward; kind `"cotangent"`: computed in the first of them."""
+    plan: tuple[Treatment, ...] = ()
+    """What compression did to each value that the backward reads; empty without `compress=` and `memory_budget=`."""
+    predicted_peak: int = 0
+    """The most bytes alive at once in a step, gradients included; parameters, buffers and the batch are not counted."""
 
     @property
     def saved_bytes(self) -> int:
@@ -108,10 +117,14 @@ class Report:
     def __str__(self) -> str:
         lines = [f"rule {self.rule}, backend {self.backend}", "", str(self.certificates), ""]
         lines += _values("saved between forward and backward", self.saved)
+        lines.append(f"peak of live bytes, predicted: {self.predicted_peak:,}")
         if self.held:
             lines += ["", *_values("held between the two stages of the backward", self.held)]
         if self.not_split:
             lines += ["", "not split", *(f"  {reason}" for reason in self.not_split)]
+        if self.plan:
+            lines += ["", "plan: bytes before, bytes saved, predicted gradient error, treatment"]
+            lines += [_plan_line(one) for one in sorted(self.plan, key=lambda t: -t.before)]
         lines += ["", "passes"]
         for record in self.passes:
             change = f"{record.nodes_before} -> {record.nodes_after} nodes" if record.modified else "nothing to do"
@@ -124,11 +137,19 @@ class Report:
 def _values(title: str, rows: tuple[SavedRow, ...]) -> list[str]:
     stored = [row for row in rows if row.nbytes]
     lines = [f"{title}: {sum(row.nbytes for row in stored):,} bytes in {len(stored)} tensors"]
-    lines += [
-        f"  {row.nbytes:>12,}  {row.type:<24} {row.operator:<28} {row.module or row.block} ({row.kind})"
-        for row in sorted(stored, key=lambda r: -r.nbytes)[:20]
-    ]
+    lines += [_row_line(row) for row in sorted(stored, key=lambda r: -r.nbytes)[:20]]
     return lines + ([f"  ... and {len(stored) - 20} more"] if len(stored) > 20 else [])
+
+
+def _row_line(row: SavedRow) -> str:
+    where = f"{row.module or row.block} ({row.codec or row.kind})"
+    return f"  {row.nbytes:>12,}  {row.type:<24} {row.operator:<28} {where}"
+
+
+def _plan_line(one: Treatment) -> str:
+    error = "-" if one.error is None else f"{one.error:.2%}"
+    where = one.module or one.block
+    return f"  {one.before:>12,} -> {one.after:>10,}  {error:>7}  {one.codec:<20} {one.operator:<28} {where}"
 
 
 def summarise(program: Program, rule: str, backend: str) -> Report:
@@ -160,8 +181,10 @@ def summarise(program: Program, rule: str, backend: str) -> Report:
         certify(part),
         tuple(coverage),
         tuple(program.guard_text),
-        tuple(program.operator.log.entries),
+        (*program.operator.log.entries, *part.graph.log.entries[len(program.operator.log.entries) :]),
         tuple(held),
+        tuple(part.graph.treatments),
+        max(forward_curve(part).peak, backward_curve(part).peak),
     )
 
 
@@ -187,16 +210,18 @@ def _row(
     own = info(node)
     is_input = node.op == "placeholder"
     born, dies = lives
+    shown = own.encodes or node
     return SavedRow(
-        names[node],
+        names[shown],
         own.module,
         own.block,
-        str(own.spec) if is_input else operator_name(_operator(node)),
+        str(own.spec) if is_input else operator_name(_operator(shown)),
         names.type(value(node)),
         nbytes,
         "cotangent" if handed and nbytes else _kind(is_input, carried, nbytes),
         born.get(node, 0),
         dies.get(base_of(node), 0),
+        own.codec,
     )
 
 

@@ -63,7 +63,7 @@ class GroupedInteger(SavedCodec):
 
     @property
     def _levels(self) -> int:
-        return 2 ** (self.width - 1) - 1 if self.symmetric else 2**self.width - 1
+        return (1 << (self.width - 1)) - 1 if self.symmetric else (1 << self.width) - 1
 
     def bits_per_element(self, dtype: torch.dtype) -> float:
         """The codes, and the group's share of its scale and minimum."""

@@ -18,7 +18,8 @@ def primitive_table(samples: Samples, bits: int, *, pinned: bool = False) -> Tab
     pieces = 2**bits
     begin, bound = _broken_lines(samples, pieces)
     fit = _LineFit(samples, pinned)
-    borders = fit.search(begin)
+    found = [fit.search(start) for start in _starts(begin)]
+    borders = min(found, key=fit.error)
     slopes = fit.slopes(borders)
     error, primitive = samples.errors(borders, slopes)
     return Table(
@@ -30,6 +31,15 @@ def primitive_table(samples: Samples, bits: int, *, pinned: bool = False) -> Tab
         primitive,
         bound,
     )
+
+
+def _starts(begin: Array) -> list[Array]:
+    """Where searches begin: with few knots, a fit without continuity can lie far from the best one with it."""
+    if len(begin) == 1:
+        return [np.array([at]) for at in np.linspace(-0.6, 0.6, 7) * DOMAIN]
+    if len(begin) > 3:
+        return [begin]
+    return [begin, -begin[::-1], 0.5 * (begin - begin[::-1]), 0.25 * begin]
 
 
 def _broken_lines(samples: Samples, pieces: int, count: int = 700) -> tuple[Array, float]:
@@ -130,6 +140,11 @@ class _LineFit:
     def slopes(self, knots: Array) -> Array:
         """The slopes of the best fit with these knots."""
         return self._solve(knots)[0]
+
+    def error(self, knots: Array) -> float:
+        """Squared error of the best fit with these knots."""
+        residual = self._solve(knots)[1]
+        return float(residual @ residual)
 
     def search(self, knots: Array) -> Array:
         """Levenberg and Marquardt over the knots, as variable projection."""

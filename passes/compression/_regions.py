@@ -160,13 +160,13 @@ def readers(graph: JointGraph, node: fx.Node) -> list[fx.Node]:
         for op in (held, *held.users):
             if op.op != "call_function" or is_backward(op) or not table.requires_grad(op):
                 continue
-            if base in _kept(graph, op):
+            if base in read_by(graph, op):
                 found[op] = None
     return list(found)
 
 
-def _kept(graph: JointGraph, op: fx.Node) -> set[fx.Node]:
-    """The owners of what an operator's derivative reads, as it stands."""
+def read_by(graph: JointGraph, op: fx.Node) -> set[fx.Node]:
+    """The values, views resolved, that an operator's derivative reads, as it stands."""
     kept: set[fx.Node] = set()
     for row in graph.table.rows(op):
         if not row.active:

@@ -36,7 +36,8 @@ def scaled(rows: torch.Tensor) -> torch.Tensor:
 
 def orthonormal(columns: torch.Tensor) -> torch.Tensor:
     """The Q of a QR decomposition; columns that vanish or are not finite give what is not finite or any direction."""
-    return torch.linalg.qr(columns).Q
+    basis: torch.Tensor = torch.linalg.qr(columns).Q
+    return basis
 
 
 def project(rows: torch.Tensor, basis: torch.Tensor, dtype: torch.dtype) -> Sequence[torch.Tensor]:

@@ -144,7 +144,7 @@ def _price(codecs: Sequence[Codec]) -> Callable[[fx.Node], float]:
                 and codec.how == "encode"
             ):
                 bits.append(codec.bits_per_element(val.dtype) if not codec.exact else bits[0])
-        return hint(val.numel()) * min(bits) / 8
+        return float(hint(val.numel()) * min(bits) / 8)
 
     return price
 
@@ -155,7 +155,7 @@ def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
         reason = codec.selects(saved)
         if reason:
             return Declined(reason)
-        chosen = codec.fit(saved)
+        chosen: Codec | Declined = codec.fit(saved)
     else:
         # a codec without a declaration: floating-point values that may be approximate
         chosen = codec
@@ -202,13 +202,17 @@ def stored_bytes(saved: SavedValue, codec: Codec) -> int:
     """Bytes of a value's encoding at the example's sizes."""
     val = value(saved.node)
     sizes = tuple(hint(value(of).shape[dim]) for of, dim in getattr(codec, "sizes", ()))
-    return _encoded_size(codec, tuple(hint(s) for s in val.shape), val.dtype, sizes)
+    shape = tuple(hint(s) for s in val.shape)
+    # codecs without a declaration need not be hashable
+    size = _encoded_size if isinstance(codec, SavedCodec) else _encoded_size.__wrapped__
+    return size(codec, shape, val.dtype, sizes)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
-def _encoded_size(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> int:
+def _encoded_size(codec: Any, shape: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> int:
+    encode: Callable[..., Any] = codec.encode
     draw = {"draw": lambda size: torch.empty(size, device="meta")} if getattr(codec, "random", False) else {}
-    made: Any = codec.encode(torch.empty(shape, dtype=dtype, device="meta"), *sizes, **draw)
+    made = encode(torch.empty(shape, dtype=dtype, device="meta"), *sizes, **draw)
     return sum(t.numel() * t.element_size() for t in ([made] if isinstance(made, torch.Tensor) else made))
 
 
@@ -242,7 +246,7 @@ def build_codec(what: Any) -> Codec:
 
 
 def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass], Pass | None]:
-    """What `compile(compress=, memory_budget=)` accepts: passes that change the backward of operators, and the pass of the codecs.
+    """What `compile(compress=, memory_budget=)` accepts: passes at operators, and the pass of the codecs.
 
     Some entries of the codec registry are passes (an approximate derivative stores other residuals from the start).
     Under a module glob, such a pass gets the glob as its `only`, and the globs before it, which win, as its `skip`.
@@ -255,10 +259,10 @@ def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass]
             raise RuleError(
                 "a memory budget chooses the codecs by itself", remedy="give compress= as a list to choose from"
             )
-        passes, menu = split_compress(compress)
-        return passes, PlanMemory(memory_budget, menu.codecs[0][1]) if isinstance(menu, CompressSaved) else PlanMemory(
-            memory_budget
-        )
+        approximations, menu = split_compress(compress)
+        if isinstance(menu, CompressSaved):
+            return approximations, PlanMemory(memory_budget, menu.codecs[0][1])
+        return approximations, PlanMemory(memory_budget)
     if compress is None:
         return [], None
     given = compress if isinstance(compress, Mapping) else {"*": compress}

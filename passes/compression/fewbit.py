@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graphrewrite.passes.compression._approximate import ApproximateBackward, use_table
-from graphrewrite.passes.compression._regions import Region, find_regions, readers
+from graphrewrite.passes.compression._regions import Region, find_regions, read_by, readers
 from graphrewrite.passes.compression._samples import Table
 from graphrewrite.passes.compression.tables import table
 from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import flat_inputs, info
+from graphrewrite.graph.nodes import info
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def kept_anyway(graph: JointGraph, region: Region) -> str | None:
     "" stands for a derivative that keeps nothing: a linear function.
     """
     inside = set(region.operators)
-    reads = {base for node in region.operators for base in graph_reads(graph, node)}
+    reads = {base for node in region.operators for base in read_by(graph, node)}
     if not reads:
         return ""
     reasons = []
@@ -126,9 +126,3 @@ def kept_anyway(graph: JointGraph, region: Region) -> str | None:
         else:
             reasons.append(f"%{others[0].name} keeps %{held.name}, which is what its derivative reads")
     return "; ".join(reasons)
-
-
-def graph_reads(graph: JointGraph, node: fx.Node) -> list[fx.Node]:
-    """The values among an operator's inputs and its result that its derivative reads."""
-    candidates = dict.fromkeys([*flat_inputs(node), node])
-    return [held for held in candidates if node in readers(graph, held)]

@@ -82,7 +82,8 @@ class Hadamard(SavedCodec):
         own = tensor.to(torch.float64).norm() * 16 * torch.finfo(tensor.dtype).eps
         within = self._integers.bound(self._rotated(tensor))
         assert within is not None
-        return within.norm() * 1.001 + own + torch.finfo(tensor.dtype).tiny * tensor.numel()
+        whole: torch.Tensor = within.norm() * 1.001 + own + torch.finfo(tensor.dtype).tiny * tensor.numel()
+        return whole
 
 
 def rotate(rows: torch.Tensor) -> torch.Tensor:

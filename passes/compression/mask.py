@@ -174,7 +174,8 @@ class WindowIndex(Mask):
         inside = unpack(residuals[0], self._bits, like.numel()).view(like.shape).to(torch.int64)
         top, left = self._origin(like)
         row = top + inside // self.kernel[1] * self.dilation[0]
-        return row * width + left + inside % self.kernel[1] * self.dilation[1]
+        index: torch.Tensor = row * width + left + inside % self.kernel[1] * self.dilation[1]
+        return index
 
 
 def dropout_scale(node: fx.Node) -> tuple[str, float] | None:

@@ -19,6 +19,8 @@ from graphrewrite.graph.ops import NORMALISATIONS
 
 aten = torch.ops.aten
 
+_SHARING = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -86,9 +88,13 @@ class MemorySharingNorm(ApproximateBackward):
     def _find(self, graph: JointGraph) -> list[Norm]:
         found = []
         for node in graph.forward_nodes():
-            if info(node).role is not Role.FORWARD or graph.cotangent(node) is None:
+            if info(node).role is not Role.FORWARD:
                 continue
-            if node.target in (aten.layer_norm.default, aten.rms_norm.default):
+            if node.target in NORMALISATIONS - _SHARING and graph.table.requires_grad(node):
+                self.fail(graph, "only layer norm and RMS norm share what they keep", node)
+            if graph.cotangent(node) is None:
+                continue
+            if node.target in _SHARING:
                 norm = _of_operator(node)
                 if norm is None:
                     self.fail(graph, "it normalises over more than the last dimension", node)
@@ -100,8 +106,6 @@ class MemorySharingNorm(ApproximateBackward):
                 norm = _written_out(graph, node)
                 if norm is not None:
                     found.append(norm)
-            elif node.target in NORMALISATIONS:
-                self.fail(graph, "only layer norm and RMS norm share what they keep", node)
         return found
 
     def _behind(self, graph: JointGraph, norm: Norm) -> list[Linear] | None:

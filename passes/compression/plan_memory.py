@@ -126,6 +126,11 @@ class PlanMemory(Pass):
     level = "aten"
     summary = "choose per saved value among keep, mask, codec, recompute and offload, under a budget"
 
+    @property
+    def relative(self) -> bool:
+        """Whether the budget is a fraction of what backpropagation saves."""
+        return isinstance(self.budget, float)
+
     def requires(self, graph: JointGraph) -> None:
         """The budget is a fraction or a number of bytes."""
         check_budget(self.budget)
@@ -153,11 +158,8 @@ class PlanMemory(Pass):
         if total > limit:
             pairs = self._measure(graph, candidates)
         chosen = solve(Problem(candidates, pairs, limit - rest), self.time_limit)
-        done = []
         known = {c.saved.node for c in candidates}
-        for v in values:
-            if v.node not in known:
-                done.append(treatment(v, names, "keep", v.nbytes, v.closed))
+        done = [treatment(v, names, "keep", v.nbytes, v.closed) for v in values if v.node not in known]
         again: list[fx.Node] = []
         encoded: list[tuple[Candidate, Choice]] = []
         for candidate, number in zip(candidates, chosen, strict=True):

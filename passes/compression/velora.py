@@ -64,4 +64,5 @@ class VeLoRA(SavedCodec):
 
     def bound(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The norm of the tensor: a projection makes nothing longer."""
-        return tensor.to(torch.float64).norm() * (1 + 8 * torch.finfo(tensor.dtype).eps * (self.rank + 1))
+        norm: torch.Tensor = tensor.to(torch.float64).norm()
+        return norm * (1 + 8 * torch.finfo(tensor.dtype).eps * (self.rank + 1))

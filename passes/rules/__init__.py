@@ -25,6 +25,7 @@ REGISTRY = {
     "predictive_coding": "graphrewrite.passes.rules.predictive_coding:PredictiveCoding",
     "reinmax": "graphrewrite.passes.rules.reinmax:ReinMax",
     "straight_through": "graphrewrite.passes.rules.straight_through:StraightThrough",
+    "target_propagation": "graphrewrite.passes.rules.target_propagation:TargetPropagation",
     "usf": "graphrewrite.passes.rules.usf:UniformSignFeedback",
     "weight_mirror": "graphrewrite.passes.rules.weight_mirror:WeightMirror",
     "zeroth_order": "graphrewrite.passes.rules.zeroth_order:ZerothOrder",

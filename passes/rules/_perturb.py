@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from graphrewrite.passes.rules._feedback_weights import same_on_all_ranks
@@ -14,7 +14,6 @@ from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
-    LOSS_BLOCK,
     NodeInfo,
     Param,
     Role,
@@ -121,8 +120,9 @@ def where_samples_meet(graph: JointGraph, answer: fx.Node, perturbed: Sequence[f
         if not _keeps_batch(node, batch):
             return node, f"dimension 0 of {_shape(node)} is not the batch"
         reached.add(node)
+    before = _before(answer)
     for op in graph.forward_nodes():
-        if info(op).copy or info(op).block == LOSS_BLOCK or not any(n in reached for n in op.all_input_nodes):
+        if op not in before or not any(n in reached for n in op.all_input_nodes):
             continue
         if not graph.table.requires_grad(op) or isinstance(value(op), torch.SymInt):
             continue
@@ -131,6 +131,17 @@ def where_samples_meet(graph: JointGraph, answer: fx.Node, perturbed: Sequence[f
             return op, f"{op.target} may mix samples"
         reached.add(op)
     return None
+
+
+def _before(answer: fx.Node) -> set[fx.Node]:
+    """What a value is computed from, itself included."""
+    found, stack = {answer}, [answer]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
 
 
 def _keeps_batch(node: fx.Node, batch: str) -> bool:
@@ -197,6 +208,7 @@ def _apart(op: fx.Node, reached: set[fx.Node]) -> bool:
     """Whether an operator is known to keep samples apart; its shape is looked at elsewhere."""
     inputs = [n for n in flat_inputs(op) if isinstance(value(n), torch.Tensor)]
     dims: int = max(value(n).dim() for n in inputs)
+    args: tuple[Any, ...] = op.args
     if op.target in NORMALISATIONS and op.target not in _KEEPING:
         return False
     if op.target in CONVOLUTIONS:
@@ -207,19 +219,20 @@ def _apart(op: fx.Node, reached: set[fx.Node]) -> bool:
         return dims > 2 and all(n not in reached or value(n).dim() == dims for n in inputs)
     if op.target in _ALONG:
         at = _ALONG[op.target]
-        dim = op.kwargs.get("dim", op.args[at] if len(op.args) > at else 0)
+        dim = op.kwargs.get("dim", args[at] if len(args) > at else 0)
         return isinstance(dim, int) and dim % dims != 0
     if op.target is aten.transpose.int:
-        return all(int(d) % dims != 0 for d in op.args[1:3])  # type: ignore[call-overload]
+        return all(int(d) % dims != 0 for d in args[1:3])
     if op.target in _OVER:
-        over = op.args[1] if len(op.args) > 1 else None
+        over = args[1] if len(args) > 1 else None
         if not isinstance(over, (list, tuple)):
             return False
         if op.target is aten.permute.default:
-            return int(over[0]) % dims == 0  # type: ignore[call-overload]
-        return all(int(d) % dims != 0 for d in over)  # type: ignore[call-overload]
+            return int(over[0]) % dims == 0
+        return all(int(d) % dims != 0 for d in over)
     # element by element: a smaller operand is spread over samples, never over dimension 0 of another one
-    return is_pointwise(op) and all(n not in reached or value(n).dim() == dims for n in inputs)
+    alike = is_pointwise(op) or op.target is aten.broadcast_tensors.default
+    return alike and all(n not in reached or value(n).dim() == dims for n in inputs)
 
 
 def size_of(nodes: Sequence[fx.Node], *, per_sample: bool = False) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from graphrewrite.passes.rules._site import IGNORED, OneAnswer, answer_of
 from torch import fx
+from torch.nn import functional as F
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
@@ -102,9 +103,8 @@ class Task:
             return self.loss(answer.unsqueeze(0), *(t.unsqueeze(0) for t in targets))
 
         if self.averages_classes:
-            made = torch.nn.functional.cross_entropy(answer, targets[0], reduction="none", ignore_index=IGNORED)
-            return made
-        return torch.func.vmap(one)(answer, *targets)  # type: ignore[no-any-return]
+            return F.cross_entropy(answer, targets[0], reduction="none", ignore_index=IGNORED)
+        return torch.func.vmap(one)(answer, *targets)
 
     def why_no_mean(self) -> str | None:
         """Why the loss is not known to be the mean of the losses of the samples; None if it is.

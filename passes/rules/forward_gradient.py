@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 from graphrewrite.passes.rules._forward_forward import known
+from graphrewrite.passes.rules._guesses import LocalGuess, guess, project
+from graphrewrite.passes.rules._heads import Head
 from graphrewrite.passes.rules._perturb import (
     Distribution,
     Noise,
@@ -41,6 +43,10 @@ class ForwardGradient(Rule):
     variance is (d + 1) / tangents for normal tangents, d being how many numbers are perturbed together: all
     parameters, or all units (of one sample, if each sample has a derivative of its own).
 
+    With `guess="local"` the tangent of the weights is no noise but the gradient of a local loss, that of the heads of
+    `local_loss`, and G = (dL . v) v / |v|^2 is the projection of the gradient on it: of low variance, not unbiased. The
+    last block then has its exact gradient, and the heads learn from their own losses.
+
     The noise is computed again where it is needed, and no cotangent crosses an operator: perturbed weights leave
     nothing to save between forward and backward, perturbed activities one input per perturbed operator. Blocks of
     other rules in front of these get the cotangents as usual, in expectation.
@@ -55,6 +61,10 @@ class ForwardGradient(Rule):
         per_sample: Activities: one directional derivative per sample instead of one for the batch. `"auto"`: where
             every operator is known to keep samples apart; `"always"`: at your word; `"never"`.
         per_rank: Whether the replicas of a model under DDP draw noise of their own.
+        guess: `"random"`, or `"local"`, with perturbed weights.
+        head: The head of the local losses, as in `local_loss`.
+        separate: Local guesses: one directional derivative per block, each with a pass of its own, instead of one for
+            all blocks together.
         limit: Above this predicted relative variance there is a warning.
     """
 
@@ -63,6 +73,9 @@ class ForwardGradient(Rule):
     distribution: Distribution = "normal"
     per_sample: PerSample = "auto"
     per_rank: bool = True
+    guess: Literal["random", "local"] = "random"
+    head: str | Head | type[Head] = "pred"
+    separate: bool = False
     limit: float = 10_000.0
 
     name = "forward_gradient"
@@ -70,17 +83,36 @@ class ForwardGradient(Rule):
     formula = "G = (∇L·v) v;  δ_l = (Σ_k u_k·∂L/∂z_k) u_l, G_l = δ_l h_{l−1}ᵀ"
     paper = (
         "Baydin et al., Gradients without Backpropagation, 2022; Ren et al., Scaling Forward Gradient With Local "
-        "Losses, 2023"
+        "Losses, 2023; local guesses: Fournier et al., Can Forward Gradient Match Backpropagation?, 2023"
     )
     needs_loss = True
+
+    @property
+    def learns_state(self) -> bool:  # type: ignore[override]
+        """The heads of local guesses are learned state."""
+        return self.guess == "local" and self._guesser.learns_state
+
+    @property
+    def _guesser(self) -> LocalGuess:
+        return LocalGuess(head=self.head)
 
     def requires(self, graph: JointGraph) -> None:
         """Known options, at least one tangent, a loss."""
         known("perturb", self.perturb, ("activities", "weights"))
         known("distribution", self.distribution, ("normal", "signs"))
         known("per_sample", self.per_sample, ("auto", "always", "never"))
+        known("guess", self.guess, ("random", "local"))
+        if self.guess == "local":
+            if self.perturb != "weights" or self.tangents != 1:
+                raise RuleError(
+                    "a local guess is one direction for the weights",
+                    remedy="use forward_gradient{perturb=weights,guess=local}",
+                )
+            self._guesser.requires(graph)
         if self.tangents < 1:
-            raise RuleError(f"tangents={self.tangents} gives no direction to differentiate along", remedy="use 1 or more")
+            raise RuleError(
+                f"tangents={self.tangents} gives no direction to differentiate along", remedy="use 1 or more"
+            )
         if not graph.has_loss:
             raise RuleError(
                 f"{self.name} needs the targets in the graph",
@@ -89,6 +121,11 @@ class ForwardGradient(Rule):
 
     def run(self, graph: JointGraph) -> PassResult:
         """Tangents, a forward-mode pass for each, and the gradients made of them."""
+        if self.guess == "local":
+            found = guess(graph, self._guesser)
+            together = {leaf: v for guesses in found.values() for leaf, v in guesses.items()}
+            project(graph, list(found.values()) if self.separate else [together])
+            return PassResult(graph, True)
         with graph.deferred():
             if self.perturb == "weights":
                 self._perturb_weights(graph)
@@ -149,7 +186,7 @@ class ForwardGradient(Rule):
 
     @staticmethod
     def _slope_per_sample(graph: JointGraph, task: Task, moved: fx.Node) -> fx.Node:
-        """e . J u per sample: the derivative of each sample's own loss."""
+        """Error times J u, per sample: the derivative of each sample's own loss."""
 
         def slope(moved: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
             products = task.error(*values) * moved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from graphrewrite.passes.rules._feedback import hidden_boundaries
@@ -88,30 +88,35 @@ class LikelihoodRatio(Rule):
         """Noisy passes, their losses, and the signals made of them."""
         places = self._places(graph)
         task = self._task(graph, places)
+        signs = (1.0, -1.0) if self.antithetic else (1.0,)
         with graph.deferred():
             counter = graph.counter()
+            noises = {place: [self._noise(graph) for _ in range(self.samples)] for place in places}
             clean = self._copy(graph, "clean") if self.baseline == "clean" else {}
-            draws = [(graph.stream(), sign) for _ in range(self.samples) for sign in self._signs()]
-            streams = {place: [graph.stream() for _ in range(self.samples)] for place in places}
             passes: list[dict[fx.Node, fx.Node]] = [{}]
-            passes += [self._copy(graph, f"noise{i}") for i in range(1, len(draws))]
-            losses = [self._loss(graph, task, one) for one in passes]
-            base = self._base(graph, task, clean, losses[0])
-            for number, (one, loss) in enumerate(zip(passes, losses, strict=True)):
-                sign = draws[number][1]
-                share = self._share(graph, task, one, len(draws))
+            passes += [self._copy(graph, f"noise{i}") for i in range(1, self.samples * len(signs))]
+            drawn: list[tuple[fx.Node, Noise, float]] = []
+            losses = []
+            for number, copies in enumerate(passes):
+                sign = signs[number % len(signs)]
+                noisy: dict[fx.Node, fx.Node] = {}
                 for place in places:
-                    held = one.get(place, place)
-                    noise = Noise(streams[place][number // len(self._signs())], "normal", self.per_rank)
+                    held, noise = copies.get(place, place), noises[place][number // len(signs)]
+                    add = self._add(noise, sign)
                     users = readers(held)
-                    graph.redirect(
-                        held, self._signal(noise, sign), [counter, held, loss, base, share], consumers=users
-                    )
-                    graph.map_value(held, self._noisy(noise, sign), consumers=users, inputs=[counter])
+                    noisy[held] = graph.map_value(held, add, consumers=users, inputs=[counter], block=info(held).block)
+                    drawn.append((held, noise, sign))
+                losses.append(self._loss(graph, task, copies, noisy))
+            base = self._base(graph, task, clean, losses[0])
+            gains = [loss if base is None else _minus(graph, loss, base) for loss in losses]
+            share = self._share(graph, task, len(passes))
+            for number, (held, noise, sign) in enumerate(drawn):
+                inputs = [counter, held, gains[number // len(places)], share]
+                graph.redirect(held, self._signal(noise, sign), inputs, consumers=readers(held))
         return PassResult(graph, True)
 
-    def _signs(self) -> tuple[float, ...]:
-        return (1.0, -1.0) if self.antithetic else (1.0,)
+    def _noise(self, graph: JointGraph) -> Noise:
+        return Noise(graph.stream(), "normal", self.per_rank)
 
     def _places(self, graph: JointGraph) -> list[fx.Node]:
         if self.at == "operators":
@@ -147,14 +152,16 @@ class LikelihoodRatio(Rule):
         return graph.clone_forward({**{n: n for n in inputs}, **same_draws(graph, self.name)}, label)
 
     @staticmethod
-    def _loss(graph: JointGraph, task: Task | None, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    def _loss(
+        graph: JointGraph, task: Task | None, copies: dict[fx.Node, fx.Node], noisy: dict[fx.Node, fx.Node]
+    ) -> fx.Node:
         """The loss of a pass: per sample, or of the batch."""
         if task is None:
             loss = graph.outputs[Loss()]
             return copies.get(loss, loss)
         like = NodeInfo(role=Role.TANGENT, block=LOSS_BLOCK, module=LOSS_BLOCK)
-        inputs = [copies.get(task.answer, task.answer), *task.targets]
-        made: fx.Node = graph.splice(task.losses, inputs, like=like, whole=False)
+        answer = copies.get(task.answer, task.answer)
+        made: fx.Node = graph.splice(task.losses, [noisy.get(answer, answer), *task.targets], like=like, whole=False)
         return made
 
     def _base(
@@ -163,38 +170,43 @@ class LikelihoodRatio(Rule):
         if self.baseline == "none":
             return None
         if self.baseline == "clean":
-            return self._loss(graph, task, clean)
+            return self._loss(graph, task, clean, {})
         name, momentum = self.state_name("baseline"), self.momentum
         state = graph.add_state(name, (), lambda tensor, _generator: tensor.zero_(), dtype=value(loss).dtype)
         graph.update_state(name, lambda held, loss: momentum * held + (1 - momentum) * loss.mean(), [loss])
         return state
 
     @staticmethod
-    def _share(graph: JointGraph, task: Task | None, copies: dict[fx.Node, fx.Node], draws: int) -> fx.Node:
-        """What one sample of one draw has of the mean."""
+    def _share(graph: JointGraph, task: Task | None, passes: int) -> fx.Node:
+        """What one sample of one pass has of the mean."""
         like = NodeInfo(role=Role.SIGNAL, block=LOSS_BLOCK, module=LOSS_BLOCK)
-        tangent = graph.loss_tangent(value(graph.outputs[Loss()]).dtype)
-        if task is None:
-            return graph.splice(lambda t: t / draws, [tangent], like=like, whole=False)  # type: ignore[no-any-return]
-        inputs = [tangent, copies.get(task.answer, task.answer), *task.targets]
-        made: fx.Node = graph.splice(
-            lambda t, *values: t / (task.count(*values) * draws), inputs, like=like, whole=False
-        )
+        inputs = [graph.loss_tangent(value(graph.outputs[Loss()]).dtype), *([] if task is None else task.inputs)]
+
+        def share(tangent: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+            return tangent / (passes if task is None else task.count(*values) * passes)
+
+        made: fx.Node = graph.splice(share, inputs, like=like, whole=False)
         return made
 
     def _signal(self, noise: Noise, sign: float) -> Callable[..., torch.Tensor]:
         scale = sign / self.sigma
 
-        def signal(counter: torch.Tensor, like: torch.Tensor, loss: torch.Tensor, base: Any, share: torch.Tensor) -> Any:
-            gain = loss if base is None else loss - base
+        def signal(counter: torch.Tensor, like: torch.Tensor, gain: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
             return noise.like(counter, like) * spread(gain * (share * scale), like)
 
         return signal
 
-    def _noisy(self, noise: Noise, sign: float) -> Callable[..., torch.Tensor]:
+    def _add(self, noise: Noise, sign: float) -> Callable[..., torch.Tensor]:
         scale = sign * self.sigma
 
-        def noisy(held: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
+        def add(held: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
             return held + scale * noise.like(counter, held)
 
-        return noisy
+        return add
+
+
+def _minus(graph: JointGraph, loss: fx.Node, base: fx.Node) -> fx.Node:
+    """In the forward: a running baseline is another one when the backward runs."""
+    like = NodeInfo(role=Role.TANGENT, block=LOSS_BLOCK, module=LOSS_BLOCK)
+    made: fx.Node = graph.splice(lambda loss, base: loss - base, [loss, base], like=like, whole=False)
+    return made

@@ -39,14 +39,14 @@ def forward(
     packed = tl.zeros((BLOCK,), tl.int32)
     for part in tl.static_range(8 // BITS):
         element = byte + part * tl.cast(size, tl.int64)
-        # what fills the last bytes up are copies of the last element
-        read = tl.minimum(element, tl.cast(count, tl.int64) - 1)
-        h = tl.load(x + read, mask=byte < size, other=0.0).to(tl.float32)
+        inside = (byte < size) & (element < count)
+        h = tl.load(x + element, mask=inside, other=0.0).to(tl.float32)
         code = tl.zeros((BLOCK,), tl.int32)
         for i in tl.static_range(BORDERS):
             code += (h >= tl.load(borders + i)).to(tl.int32)
-        tl.store(y + element, cast(_value(h, KIND), y.dtype.element_ty), mask=(byte < size) & (element < count))
-        packed = packed | (code << (part * BITS))
+        tl.store(y + element, cast(_value(h, KIND), y.dtype.element_ty), mask=inside)
+        # what fills the last bytes up are zeros
+        packed = packed | (tl.where(inside, code, 0) << (part * BITS))
     tl.store(codes + byte, packed.to(tl.uint8), mask=byte < size)
 
 

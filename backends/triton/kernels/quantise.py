@@ -116,16 +116,19 @@ def encode_with_grids(
     inside = byte < size
     packed = tl.zeros((BLOCK,), tl.int32)
     for part in tl.static_range(8 // BITS):
-        element = tl.minimum(byte + part * tl.cast(size, tl.int64), tl.cast(padded, tl.int64) - 1)
-        v = tl.load(x + tl.minimum(element, tl.cast(count, tl.int64) - 1), mask=inside, other=0.0).to(tl.float32)
-        step = tl.load(steps + element // group, mask=inside, other=0.0).to(tl.float32)
+        element = byte + part * tl.cast(size, tl.int64)
+        # the last group is filled up with copies of the last element, the last bytes with zeros
+        here = inside & (element < padded)
+        v = tl.load(x + tl.minimum(element, tl.cast(count, tl.int64) - 1), mask=here, other=0.0).to(tl.float32)
+        step = tl.load(steps + element // group, mask=here, other=0.0).to(tl.float32)
         low = tl.zeros((BLOCK,), tl.float32)
         if not SYMMETRIC:
-            low = tl.load(lows + element // group, mask=inside, other=0.0).to(tl.float32)
+            low = tl.load(lows + element // group, mask=here, other=0.0).to(tl.float32)
         draw = 0.0
         if STOCHASTIC:
             draw = to_uniform(bits_at(counter, stream, element))
-        packed = packed | (_codes(v, step, low, draw, LEVELS, SYMMETRIC, STOCHASTIC) << (part * BITS))
+        code = _codes(v, step, low, draw, LEVELS, SYMMETRIC, STOCHASTIC)
+        packed = packed | (tl.where(here, code, 0) << (part * BITS))
     tl.store(codes + byte, packed.to(tl.uint8), mask=inside)
 
 
