@@ -8,6 +8,6 @@ from graphrewrite._compat import boxed
 from graphrewrite.graph.partition import Partition
 
 
-def lower(part: Partition) -> tuple[Run, Run]:
-    """The forward and the backward as callables. Values are freed after their last use."""
-    return boxed(part.forward), boxed(part.backward)
+def lower(part: Partition) -> tuple[Run, ...]:
+    """Every stage as a callable. Values are freed after their last use."""
+    return tuple(boxed(module) for module in part.modules)

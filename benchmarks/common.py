@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -43,8 +44,17 @@ def write(name: str, rows: Any) -> pathlib.Path:
     """Write `results/<name>.json`."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": environment(), "rows": _finite(rows)}, indent=1) + "\n")
     return path
+
+
+def _finite(held: Any) -> Any:
+    """JSON has no nan: null in its place."""
+    if isinstance(held, float):
+        return held if math.isfinite(held) else None
+    if isinstance(held, dict):
+        return {key: _finite(one) for key, one in held.items()}
+    return [_finite(one) for one in held] if isinstance(held, (list, tuple)) else held
 
 
 @dataclass(frozen=True)

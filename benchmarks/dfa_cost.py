@@ -64,11 +64,16 @@ CASES: tuple[tuple[Callable[[], Any], Any, tuple[str, ...]], ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; 0: count only")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--models", nargs="+", default=[make.__name__ for make, _, _ in CASES], help="which to run")
+    parser.add_argument("--name", default="dfa_cost", help="name of the result file")
+    given = parser.parse_args()
+    rounds = given.rounds
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
     rows = []
     for make, blocks, rules in CASES:
+        if make.__name__ not in given.models:
+            continue
         model, x, y = make()
         exact, exact_step = build(model, "bp", x, y, blocks)
         reference = count(exact.graph("aten"))
@@ -86,7 +91,7 @@ def main() -> None:
                 "time": ratio(step, exact_step, rounds=rounds, calls=10).row() if rounds else None,
             }
             rows.append(row)
-            write("dfa_cost", rows)
+            write(given.name, rows)
             print({k: v for k, v in row.items() if k != "flops_bp"}, flush=True)
 
 

@@ -1,6 +1,7 @@
 """Peak live activation bytes against depth, for every rule that is asked for, next to eager backpropagation.
 
     python benchmarks/memory.py --rules bp dfa ff mono_forward "local_loss{head=predsim}" lls
+    python benchmarks/memory.py --local --name memory_local        # every rule and head with local objectives
 
 Bytes are storages allocated during one step, parameters and inputs not counted, the returned gradients subtracted, in
 units of one block's activation. For rules whose updates are not locked: the same of `step_blocks`, nothing subtracted,
@@ -22,6 +23,22 @@ import graphrewrite as gr
 from graphrewrite.testing.memory import equal_blocks, gradient_bytes, measured_peak, peak_bytes, predicted_peak
 
 WIDTH, BATCH, DEPTHS = 64, 1024, (4, 16, 64)
+LOCAL = [
+    "ff",
+    "ff{loss=symba}",
+    "ff{collaboration=previous}",
+    "ff{collaboration=all}",
+    "mono_forward",
+    "local_loss{head=pred}",
+    "local_loss{head=sim}",
+    "local_loss{head=predsim}",
+    "local_loss{head=dgl}",
+    "local_loss{head=aug_local}",
+    "local_loss{head=target_projection}",
+    "lls",
+    "lls{modulation=mxm}",
+    "counter_current",
+]
 RULES = ["bp", "dfa", "ff", "mono_forward", "local_loss{head=predsim}", "lls"]
 
 
@@ -42,12 +59,14 @@ def held_gradients(compiled: gr.CompiledModule) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rules", nargs="+", default=RULES)
+    parser.add_argument("--local", action="store_true", help="every rule and head with local objectives")
+    parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
     parser.add_argument("--name", default="memory", help="name of the result file")
     given = parser.parse_args()
-    rules = given.rules
+    rules = LOCAL if given.local else given.rules
     unit = BATCH * WIDTH * 4
     rows = []
-    for depth in DEPTHS:
+    for depth in given.depths:
         torch.manual_seed(0)
         model = equal_blocks(depth, WIDTH)
         x, y = torch.randn(BATCH, WIDTH), torch.randint(0, 10, (BATCH,))
@@ -66,13 +85,14 @@ def main() -> None:
             "eager, checkpointed in sqrt(depth) segments": round((saved - gradients) / unit, 2),
         }
         for rule in rules:
-            compiled = gr.compile(model, rule)
+            compiled = gr.compile(model, rule, verify="off")
             compiled.loss(x, y).backward()
             returned = held_gradients(compiled)
             measured, predicted = measured_peak(compiled, x, y), predicted_peak(compiled)
             row[rule] = round((measured - returned) / unit, 2)
             row[f"{rule}, predicted"] = round((predicted - returned) / unit, 2)
-            if not compiled.report().certificates.update_locked:
+            row[f"{rule}, update locked"] = compiled.report().certificates.update_locked
+            if not row[f"{rule}, update locked"]:
                 row[f"{rule}, gradients KiB"] = round(returned / 1024, 1)
                 row.update({f"{rule}, step_blocks{k}": v for k, v in unlocked(compiled, x, y, unit).items()})
         rows.append(row)

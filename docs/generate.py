@@ -1,4 +1,4 @@
-"""Write the pages that come from the code: `docs/rules.md`, `docs/passes.md` and `docs/cli_reference.md`.
+"""Write the pages that come from the code: `rules.md`, `rule_models.md`, `passes.md` and `cli_reference.md`.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # exit code 1 if a committed page is not what would be written
@@ -7,6 +7,7 @@ python docs/generate.py --check    # exit code 1 if a committed page is not what
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from graphrewrite.cli.app import app
 from graphrewrite.cli.listing import options_of
 from graphrewrite.errors import GraphRewriteError
 from graphrewrite.report.certificates import PROPERTIES
+from graphrewrite.testing import zoo
 
 FOLDER = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py from the code; edit that instead. -->"
@@ -27,6 +29,13 @@ NOTE = "<!-- Written by docs/generate.py from the code; edit that instead. -->"
 ABOUT = (
     "What each rule does, with the certificate that is proved for it on a net of three linear layers with two `tanh` "
     'between them, `blocks="layers"`. `graphrewrite certify TARGET` proves it for your own model.'
+)
+
+
+ABOUT_MODELS = (
+    "Which rule trains which kind of model, with its default options and blocks: every pair took two steps, at the "
+    "captured batch size and at another one; losses, gradients and predictions were finite and every weight moved. "
+    "Where a rule refuses, its own message says why. `python benchmarks/rule_models.py` tries the pairs."
 )
 
 
@@ -59,10 +68,40 @@ def rules_page() -> str:
             "Forward": "trains a forward of its own: read it through `compiled.predict(x)`"
             if rule.changes_forward is True
             else "",
+            "Trained": _trained(name),
+            "Measured": _measured(name),
         }
         parts += [f"- **{key}**: {held}" for key, held in facts.items() if held]
         parts += ["", _docstring(rule)]
         parts += _options(rule)
+    return "\n".join(parts) + "\n"
+
+
+def rule_models_page() -> str:
+    """Rules times models, from what `benchmarks/rule_models.py` found."""
+    path = FOLDER.parent / "benchmarks" / "results" / "rule_models.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    models = list(max((row["models"] for row in rows), key=len))
+    reasons: dict[str, int] = {}
+    parts = [
+        "# Rules and models",
+        NOTE,
+        "",
+        ABOUT_MODELS,
+        "",
+        "| rule | " + " | ".join(models) + " |",
+        "|---|" + "---|" * len(models),
+    ]
+    for row in rows:
+        cells = []
+        for found in (row["models"].get(model, "") for model in models):
+            tried = {"trains": "yes", "": "not tried"}
+            cells.append(tried.get(found) or f"no ({reasons.setdefault(found, len(reasons) + 1)})")
+        parts.append(f"| [`{row['rule']}`](rules.md#{row['rule']}) | {' | '.join(cells)} |")
+    parts += ["", "Why not:", ""] if reasons else []
+    parts += [f"{number}. {_cell(reason)}" for reason, number in reasons.items()]
+    described = [(name, inspect.getdoc(zoo.factory(name)) or "") for name in models]
+    parts += ["", "The models:", "", *(f"- `{name}`: {_cell(text)}" for name, text in described)]
     return "\n".join(parts) + "\n"
 
 
@@ -99,7 +138,12 @@ def cli_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-PAGES = {"rules.md": rules_page, "passes.md": passes_page, "cli_reference.md": cli_page}
+PAGES = {
+    "rules.md": rules_page,
+    "rule_models.md": rule_models_page,
+    "passes.md": passes_page,
+    "cli_reference.md": cli_page,
+}
 
 
 def outdated() -> list[str]:
@@ -121,6 +165,50 @@ def _certificate(name: str) -> list[str]:
         return [f"not defined here: {_cell(error.message)}", *[""] * len(PROPERTIES)]
     held = compiled.report().certificates
     return [*("yes" if getattr(held, p) else "no" for p in PROPERTIES), str(held.locality_radius)]
+
+
+RESULTS = FOLDER.parent / "benchmarks" / "results"
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    held = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    return [row for row in held if isinstance(row, dict)] if isinstance(held, list) else []
+
+
+def _trained(name: str) -> str:
+    """The models that the rule was tried on and trains."""
+    models = next((row["models"] for row in _rows(RESULTS / "rule_models.json") if row["rule"] == name), {})
+    trains = [model for model, outcome in models.items() if outcome == "trains"]
+    return f"{', '.join(trains)} ([what was tried](rule_models.md))" if trains else ""
+
+
+def _measured(name: str) -> str:
+    """What the result files say of the rule beside what they say of backpropagation."""
+    found = []
+    for file in sorted(RESULTS.glob("*.json")):
+        rows = [row for row in _rows(file) if isinstance(row.get("rule"), str)]
+        references = {_setting(row): _error(row) for row in rows if row["rule"] == "bp"}
+        for row in rows:
+            error, reference = _error(row), references.get(_setting(row))
+            if error and row["rule"].partition("{")[0] == name:
+                where = f"{_setting(row)}, " if _setting(row) else ""
+                beside = f", bp {reference}" if reference and name != "bp" else ""
+                found.append(f"`{row['rule']}` test error {error}{beside} ({where}`benchmarks/results/{file.name}`)")
+    return "; ".join(dict.fromkeys(_cell(one) for one in found))
+
+
+def _setting(row: dict[str, Any]) -> str:
+    held = [str(row[key]) for key in ("net", "task", "model") if isinstance(row.get(key), str)]
+    return ", ".join([*held, *([f"seed {row['seed']}"] if isinstance(row.get("seed"), int) else [])])
+
+
+def _error(row: dict[str, Any]) -> str:
+    for key in ("test_error_percent", "test_error", "test accuracy by epoch", "test_accuracy"):
+        held = row.get(key)
+        last = held[-1] if isinstance(held, list) and held else held
+        if isinstance(last, (int, float)):
+            return f"{100 * (1 - last):.2f} %" if "accuracy" in key else f"{last:.2f} %"
+    return ""
 
 
 def _docstring(found: Any) -> str:

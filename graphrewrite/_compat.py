@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import keyword
 import logging
 import re
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.fx.graph as fx_graph
 import torch.fx.traceback as fx_traceback
 import torch.utils.checkpoint as torch_checkpoint
 from torch._decomp import get_decompositions
@@ -27,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     SYMPY_INTERP,
     GuardOnDataDependentSymNode,
+    PropagateUnbackedSymInts,
     ShapeEnv,
     free_unbacked_symbols,
     statically_known_true,
@@ -42,22 +45,31 @@ __all__ = [
     "below_autograd",
     "boxed",
     "compile_guards",
+    "cpp_compiler",
     "eager_branches",
     "enable_python_dispatcher",
     "free_unbacked_symbols",
     "functorch_wrapped",
+    "inductor_code",
+    "inductor_decompositions",
     "keep_random",
+    "keyword_attributes",
     "make_fx",
     "native_kernels",
     "patched_checkpoint",
     "patched_custom_functions",
+    "pipeline_actions",
     "preserve_annotations",
     "quiet_export",
     "recurrent_decompositions",
+    "register_dynamo_backend",
     "release_saved",
+    "rerun",
     "set_grad_wrapper",
     "statically_known_true",
     "traced_graph",
+    "unreduced_losses",
+    "will_execute",
 ]
 
 CustomApply = Callable[..., Any]
@@ -111,6 +123,37 @@ def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 def release_saved(ctx: Any) -> None:
     """Let go of a custom function's saved tensors inside its backward, unless the graph is retained."""
     ctx.maybe_clear_saved_tensors()
+
+
+def will_execute(node: Any) -> bool:
+    """Whether the backward that is running will execute a node of the autograd graph."""
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def pipeline_actions(
+    schedule: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None
+) -> list[list[tuple[int, str, int]]]:
+    """Compute actions of one of torch's pipeline schedules, per process: (stage, "F", "I", "W" or "B", micro-batch).
+
+    The engine keeps them in `pipeline_order`; actions that it overlaps are listed one after the other, as its runtime
+    runs them.
+    """
+    from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+    def flat(action: Any) -> list[tuple[int, str, int]]:
+        if action.sub_actions is not None:
+            return [one for sub in action.sub_actions for one in flat(sub)]
+        return [(action.stage_index, action.computation_type.value, action.microbatch_index)]
+
+    found = get_schedule_ops(schedule, ranks, micro_batches, stages_per_rank)
+    listed = [[one for action in rank if action is not None for one in flat(action)] for rank in found]
+    computed = [[one for one in rank if one[1] in ("F", "I", "W", "B")] for rank in listed]
+    if schedule == "1F1B":
+        # what torch lists for the last process begins with micro-batch 1; what it runs begins with 0
+        for own in computed:
+            numbers = iter(range(micro_batches))
+            own[:] = [(stage, kind, next(numbers) if kind == "F" else mb) for stage, kind, mb in own]
+    return computed
 
 
 @contextlib.contextmanager
@@ -174,6 +217,22 @@ def _python_decompositions() -> list[tuple[Any, dict[Any, Any]]]:
     return found
 
 
+@contextlib.contextmanager
+def unreduced_losses() -> Iterator[None]:
+    """Let `cross_entropy(reduction="none")` have its shape while it is traced.
+
+    For sizes that are symbols torch takes the shape of `nll_loss` from a Python form of it that has other arguments in
+    the operator's places, and finds a scalar.
+    """
+    table, op = torch._decomp.decomposition_table, torch.ops.aten.nll_loss.default
+    misread = table.pop(op, None)
+    try:
+        yield
+    finally:
+        if misread is not None:
+            table[op] = misread
+
+
 class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a function
     """Let traced operators be those that eager mode runs.
 
@@ -207,6 +266,69 @@ def keep_random() -> contextlib.AbstractContextManager[Any]:
     return patched
 
 
+def rerun(module: torch.fx.GraphModule, values: Sequence[Any]) -> Any:
+    """Run a graph module node by node on fake values; sizes that depend on data stay the symbols they are in it."""
+    return PropagateUnbackedSymInts(module).run(*values)
+
+
+def inductor_decompositions(settings: dict[str, Any]) -> dict[Any, Any]:
+    """The operators that Inductor wants decomposed under these settings; random ones stay what they are in eager."""
+    import torch._inductor.lowering  # some decompositions look into it
+    from torch._inductor import config, decomposition
+
+    with config.patch(settings):
+        table = decomposition.select_decomp_table()
+    seeded = torch.Tag.nondeterministic_seeded
+    return {op: formula for op, formula in table.items() if seeded not in getattr(op, "tags", ())}
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor uses for the CPU; None if it finds none."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return str(get_cpp_compiler())
+    except exc.InvalidCxxCompiler:
+        return None
+
+
+def inductor_code(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any], *, is_backward: bool
+) -> Callable[[list[Any]], Any]:
+    """Compile a functional graph of decomposed ATen calls with Inductor, for the symbolic sizes of its inputs.
+
+    Args:
+        module: Returns a tuple; its results get the strides that they have in the graph.
+        inputs: Fake tensors and sizes, one per placeholder.
+        settings: Of `torch._inductor.config`.
+        is_backward: Which of the two heuristics of Inductor's scheduler to use.
+
+    Returns:
+        A function of one list, which it empties.
+    """
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor import compile_fx, config
+
+    (output,) = module.graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    with torch.no_grad(), config.patch(settings), tracing(TracingContext(detect_fake_mode(inputs))):
+        module = compile_fx._recursive_joint_graph_passes(module)
+        code: Callable[[list[Any]], Any] = compile_fx.compile_fx_inner(
+            module, inputs, static_input_idxs=(), is_backward=is_backward
+        )
+    return code
+
+
+def register_dynamo_backend(name: str, compiler: Callable[..., Any]) -> None:
+    """Let `torch.compile(backend=name)` call a function; nothing happens if the name is taken by it already."""
+    from torch._dynamo.backends import registry
+
+    if registry._COMPILER_FNS.get(name) is not compiler:
+        registry._COMPILER_FNS.pop(name, None)
+        registry.register_backend(compiler, name=name)
+
+
 @contextlib.contextmanager
 def eager_branches() -> Iterator[None]:
     """Let `torch.compiler.is_exporting()` say no, so that models take the branch they take in eager mode."""
@@ -216,6 +338,24 @@ def eager_branches() -> Iterator[None]:
         yield
     finally:
         torch.compiler.is_exporting = original
+
+
+@contextlib.contextmanager
+def keyword_attributes() -> Iterator[None]:
+    """Let modules and parameters be named as Python keywords (`ModuleDict({"in": ...})`): torch writes `self.in`."""
+    original = fx_graph._format_target
+
+    def formatted(base: str, target: str) -> str:
+        for part in target.split("."):
+            plain = part.isidentifier() and not keyword.iskeyword(part)
+            base = f"{base}.{part}" if plain else f"getattr({base}, {part!r})"
+        return base
+
+    fx_graph._format_target = formatted
+    try:
+        yield
+    finally:
+        fx_graph._format_target = original
 
 
 @contextlib.contextmanager

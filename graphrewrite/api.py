@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,7 +30,9 @@ def compile(
     compress: Any = None,
     memory_budget: float | None = None,
     backend: str = "eager",
+    fallback: Literal["eager"] | None = None,
     passes: Sequence[Pass | str] = (),
+    split_backward: bool = False,
     dynamic: Any = "auto",
     verify: Verification = "structure",
     seed: int = 0,
@@ -48,8 +50,12 @@ def compile(
             list of them (the first that accepts a value wins), or `{module glob: any of these}`.
         memory_budget: Choose per saved value among the codecs of `compress` (default: exact ones, bf16 and integers): a
             float in (0, 1] is a fraction of backpropagation's saved bytes, an int is bytes.
-        backend: `"eager"`.
+        backend: `"eager"`, `"inductor"` (compiled once for all sizes), `"triton"` (our kernels where their checker
+            accepts, eager elsewhere), or a registered name. `report().coverage` says what runs each node.
+        fallback: `"eager"`: what runs a graph that the backend cannot; None: that is a `BackendError`.
         passes: Extra passes; each declares `level`.
+        split_backward: Two-stage backward: `.backward()` computes the inputs' gradients and what cannot wait,
+            `backward_weight()` the weight gradients.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
         verify: `"off"`, `"structure"`, or `"numeric"` (passes that promise it are held to bitwise equality).
         seed: Seed of rule state and of the rules' random operators.
@@ -64,17 +70,21 @@ def compile(
     if verify not in ("off", "structure", "numeric"):
         raise GraphRewriteError(f"verify={verify!r} is unknown", remedy="use 'off', 'structure' or 'numeric'")
     find("backend", backend)
+    if fallback not in (None, "eager"):
+        raise GraphRewriteError(f"fallback={fallback!r} is unknown", remedy="use 'eager' or None")
     approximations, codecs = split_compress(compress, memory_budget)
     options = Options(
         rules=RuleMap.of(rule),
         loss=loss or default_loss,
         blocks=blocks if isinstance(blocks, str) else tuple(blocks),
         backend=backend,
+        fallback=fallback,
         passes=(*approximations, *(build_pass(p) for p in passes)),
         compress=codecs,
         dynamic=dynamic,
         verify=verify,
         seed=seed,
+        split_backward=split_backward,
     )
     compiled = CompiledModule(model, options)
     if example_inputs is not None:

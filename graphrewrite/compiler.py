@@ -13,15 +13,17 @@ from torch import nn
 
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
+from graphrewrite.analysis.sparsity import tap_zeros
+from graphrewrite.backends import CODERS, Run, Taken
 from graphrewrite.capture import Captured, capture
-from graphrewrite.errors import VerifyError
+from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Grad, StateUpdate, UserInput, info
-from graphrewrite.graph.partition import partition
+from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, Tap, UserInput, info
+from graphrewrite.graph.partition import Partition, partition
 from graphrewrite.graph.verify import has_random, verify
 from graphrewrite.inputs import Inputs
 from graphrewrite.pipeline import Callback, Pass, PassEvent, PassManager, PassRecord
@@ -29,9 +31,10 @@ from graphrewrite.rule import RuleMap
 from graphrewrite.runtime.program import Program
 from graphrewrite.runtime.signature import make_guards
 
-Kind = Literal["forward", "loss", "evaluate", "predict", "feedback"]
+Kind = Literal["forward", "loss", "evaluate", "predict", "feedback", "answers", "sparsity"]
 """`forward`: the model's outputs, with a backward; `loss`: the rule's loss, with a backward; `evaluate`: the same
-loss without one; `predict`: the rule's own forward; `feedback`: the phase in which feedback weights learn."""
+loss without one; `predict`: the rule's own forward; `feedback`: the phase in which feedback weights learn; `answers`:
+what each block answers alone; `sparsity`: the share of zeros in what each block hands on."""
 
 Verification = Literal["off", "structure", "numeric"]
 
@@ -52,11 +55,13 @@ class Options:
     loss: Callable[[Any, Any], torch.Tensor]
     blocks: Blocks = "auto"
     backend: str = "eager"
+    fallback: Literal["eager"] | None = None
     passes: tuple[Pass, ...] = ()
     compress: Pass | None = None
     dynamic: Any = "auto"
     verify: Verification = "structure"
     seed: int = 0
+    split_backward: bool = False
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
 
 
@@ -84,12 +89,13 @@ def build_program(
     pipeline.stage("capture", graph)
     # what follows works on the captured graph itself
     forward_graph = graph.copy()
-    rules = options.rules.in_use(graph)
+    # local rules put passes and losses of their own in the place of the captured ones: the others build on that
+    rules = sorted(options.rules.in_use(graph), key=lambda entry: entry[1].objective != "local")
     for leaf, node in graph.inputs.items():
         if _wants_gradient(leaf, inputs):
             graph.leaves[node] = None
     graph.current_pass = "differentiate"
-    differentiate(graph, seeded=kind not in ("predict", "feedback"))
+    differentiate(graph, seeded=kind in ("forward", "loss", "evaluate"))
     compresses = options.compress is not None and kind in ("forward", "loss")
     if compresses and getattr(options.compress, "relative", False) and any(r.name != "bp" for _, r in rules):
         graph.context.bp_bytes = _saved_by_backpropagation(graph)
@@ -97,24 +103,38 @@ def build_program(
     operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
     graph = pipeline.run([p for p in operator_passes if p.before_rules], graph)
     for key, rule in rules:
-        if kind == "predict":
-            graph.current_rule, graph.current_pass = key, rule.name
-            rule.rewrite_forward(graph)
-        elif kind == "feedback":
-            graph.current_rule, graph.current_pass = key, rule.name
-            rule.rewrite_feedback(graph)
-        else:
+        if kind in ("forward", "loss", "evaluate"):
             graph = pipeline.run([rule], graph, rule_key=key)
+            continue
+        graph.current_rule, graph.current_pass = key, rule.name
+        if kind == "feedback":
+            rule.rewrite_feedback(graph)
+        elif kind == "answers":
+            for block, node in rule.block_answers(graph).items():
+                graph.tap(node, block)
+        else:
+            rule.rewrite_forward(graph)
+    graph.table.require_derivatives()
     if kind == "feedback":
-        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, StateUpdate)})
+        kept = (StateUpdate, ParameterUpdate)
+        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, kept)})
+    elif kind in ("answers", "sparsity"):
+        if kind == "sparsity":
+            graph.prune()
+            tap_zeros(graph)
+        graph.set_outputs({spec: node for spec, node in graph.outputs.items() if isinstance(spec, Tap)})
+        graph.sort()
     graph.prune(impure=kind == "feedback")
     graph = pipeline.run([p for p in operator_passes if not p.before_rules], graph)
-    if kind in ("evaluate", "predict"):
+    if kind not in ("forward", "loss", "feedback"):
         graph.remove_outputs(Grad, StateUpdate)
         graph.prune()
     operator = graph
     graph = pipeline.expand(graph)
-    graph = pipeline.run([textform.build("pass", name) for name in CLEANUP], graph)
+    split = options.split_backward and kind in ("forward", "loss")
+    # the halves of a convolution's backward run in different stages then
+    cleanup = [name for name in CLEANUP if not (split and name == "merge_convolution_backward")]
+    graph = pipeline.run([textform.build("pass", name) for name in cleanup], graph)
     if kind == "loss" and any(rule.objective == "local" or rule.early_backward for _, rule in rules):
         graph = pipeline.run([textform.build("pass", "early_local_backward")], graph)
     if any(info(n).region for n in graph.forward_nodes()):
@@ -125,11 +145,20 @@ def build_program(
         extra.append(options.compress)
     if extra:
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
+    if split:
+        graph = pipeline.run([textform.build("pass", "split_backward")], graph)
     part = partition(graph)
-    forward, backward = registry.find("backend", options.backend)(part)
+    forward, backward, *weight = _lower(part, options)
+    if part.backward_weight is not None and not weight:
+        raise BackendError(
+            f"backend {options.backend!r} lowers no weight stage",
+            remedy="compile without split_backward, or with backend='eager'",
+        )
     text, guards = make_guards(captured.graph if operator is captured.graph else graph)
     captured = dataclasses.replace(captured, graph=forward_graph)
-    program = Program(captured, operator, part, forward, backward, pipeline.history, text, guards)
+    program = Program(
+        captured, operator, part, forward, backward, pipeline.history, text, guards, weight[0] if weight else None
+    )
     pipeline.finish(program)
     return program
 
@@ -144,9 +173,23 @@ def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, tar
         dynamic=options.dynamic,
     )
     captured.graph.context.seed = options.seed
+    if options.backend in CODERS:
+        captured.graph.context.coder = registry.load(CODERS[options.backend])
     assign_blocks(captured.graph, model, options.blocks)
     options.rules.assign(captured.graph)
     return captured
+
+
+def _lower(part: Partition, options: Options) -> Sequence[Run]:
+    """The stages as callables; by eager, with the reason in the report, where the backend cannot and it is allowed."""
+    try:
+        return registry.find("backend", options.backend)(part)  # type: ignore[no-any-return]
+    except BackendError as error:
+        if options.fallback is None:
+            raise
+        taken = Taken("eager", reason=error.message)
+        part.coverage = {node: taken for node in part.graph.nodes if node.op == "call_function"}
+        return registry.find("backend", options.fallback)(part)  # type: ignore[no-any-return]
 
 
 def _saved_by_backpropagation(graph: JointGraph) -> int:

@@ -11,7 +11,9 @@ counter = (position // 4, stream, step, rank), word position % 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,9 +26,13 @@ _LIBRARY.define("philox(Tensor counter, int stream, SymInt[] size) -> Tensor")
 
 
 def _philox(counter: torch.Tensor, stream: int, size: Sequence[int]) -> torch.Tensor:
-    count = math.prod(int(s) for s in size)
+    return _words(counter, stream, 0, math.prod(int(s) for s in size)).reshape(tuple(size))
+
+
+def _words(counter: torch.Tensor, stream: int, start: int, count: int) -> torch.Tensor:
+    """The words at positions start .. start + count - 1 of a stream, int32."""
     seed, step, rank = counter.unbind()
-    position = torch.arange((count + 3) // 4, dtype=torch.int64, device=counter.device)
+    position = torch.arange(start // 4, (start + count + 3) // 4, dtype=torch.int64, device=counter.device)
     c0 = position & _MASK
     c1 = torch.full_like(position, stream & _MASK)
     c2 = torch.zeros_like(position) + (step & _MASK)
@@ -39,9 +45,9 @@ def _philox(counter: torch.Tensor, stream: int, size: Sequence[int]) -> torch.Te
         high1, low1 = (p1 >> 32) & _MASK, p1 & _MASK
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    words = torch.stack([c0, c1, c2, c3], dim=-1).flatten()[:count]
+    words = torch.stack([c0, c1, c2, c3], dim=-1).flatten()[start % 4 :][:count]
     # 0 .. 2^32-1 as the int32 with the same bits
-    return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32).reshape(tuple(size))
+    return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)
 
 
 def _philox_fake(counter: torch.Tensor, stream: int, size: Sequence[int]) -> torch.Tensor:
@@ -67,14 +73,34 @@ def uniform(
     counter: torch.Tensor, stream: int, size: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Uniform on [0, 1), in steps of 2^-24."""
-    return (((bits(counter, stream, size) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24).to(dtype)
+    return _unit(bits(counter, stream, size)).to(dtype)
+
+
+def _unit(words: torch.Tensor) -> torch.Tensor:
+    return ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The uniform numbers of one stream, as a function of the shape that is wanted."""
+
+    counter: torch.Tensor
+    stream: int
+
+    def __call__(self, size: Sequence[Any]) -> torch.Tensor:
+        """Uniform on [0, 1), float32."""
+        return uniform(self.counter, self.stream, size)
 
 
 def normal(counter: torch.Tensor, stream: int, size: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal, by Box and Muller from two uniforms."""
     pair = uniform(counter, stream, [2, *size])
-    radius = torch.sqrt(-2.0 * torch.log1p(-pair[0]))
-    return (radius * torch.cos(2.0 * math.pi * pair[1])).to(dtype)
+    return _box_muller(pair[0], pair[1]).to(dtype)
+
+
+def _box_muller(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    radius = torch.sqrt(-2.0 * torch.log1p(-first))
+    return radius * torch.cos(2.0 * math.pi * second)
 
 
 def integers(counter: torch.Tensor, stream: int, size: Sequence[int], high: int) -> torch.Tensor:
@@ -84,4 +110,70 @@ def integers(counter: torch.Tensor, stream: int, size: Sequence[int], high: int)
 
 def signs(counter: torch.Tensor, stream: int, size: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """-1 or 1 with equal probability."""
-    return 1 - 2 * ((bits(counter, stream, size) >> 31) & 1).to(dtype)
+    return _sign(bits(counter, stream, size)).to(dtype)
+
+
+def _sign(words: torch.Tensor) -> torch.Tensor:
+    return 1 - 2 * ((words >> 31) & 1)
+
+
+# --- directions ----------------------------------------------------------------------------------------------------
+
+_LIBRARY.define("direction(Tensor counter, int stream, SymInt[] size, Tensor number, str distribution) -> Tensor")
+_CHUNK = 1 << 14
+
+
+def direction(
+    counter: torch.Tensor,
+    stream: int,
+    size: Sequence[int],
+    number: torch.Tensor,
+    distribution: str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """A random direction as one operator: `normal` or `signs` of a step's draw `number`, made a chunk at a time.
+
+    Args:
+        counter: (seed, step, rank).
+        stream: One per tensor that is perturbed.
+        size: Shape of the tensor.
+        number: int64 scalar: which draw of the step, e.g. the index of a loop.
+        distribution: `"normal"` or `"sign"`.
+        dtype: The numbers are those of float32.
+    """
+    drawn: torch.Tensor = torch.ops.graphrewrite.direction(counter, stream, size, number, distribution)
+    return drawn.to(dtype)
+
+
+def in_chunks(
+    counter: torch.Tensor, stream: int, count: int, number: torch.Tensor | int, distribution: str
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The numbers of `direction`, flat and a chunk at a time, as `(start, numbers)`, for where there is no room."""
+    # the number of the draw goes into the upper word of the key
+    key = counter + torch.stack([torch.zeros_like(counter[0]) + (number << 32), counter[0] * 0, counter[0] * 0])
+    for start in range(0, count, _CHUNK):
+        length = min(_CHUNK, count - start)
+        words = _words(key, stream, start, length)
+        if distribution == "sign":
+            yield start, _sign(words).to(torch.float32)
+        else:
+            yield start, _box_muller(_unit(words), _unit(_words(key, stream, count + start, length)))
+
+
+def _direction(
+    counter: torch.Tensor, stream: int, size: Sequence[int], number: torch.Tensor, distribution: str
+) -> torch.Tensor:
+    made = torch.empty(math.prod(size), dtype=torch.float32, device=counter.device)
+    for start, numbers in in_chunks(counter, stream, made.numel(), number, distribution):
+        made[start : start + numbers.numel()] = numbers
+    return made.reshape(tuple(size))
+
+
+def _direction_fake(
+    counter: torch.Tensor, stream: int, size: Sequence[int], number: torch.Tensor, distribution: str
+) -> torch.Tensor:
+    return counter.new_empty(size, dtype=torch.float32)
+
+
+_LIBRARY.impl("direction", _direction, "CompositeExplicitAutograd")
+torch.library.register_fake("graphrewrite::direction", _direction_fake, lib=_LIBRARY)

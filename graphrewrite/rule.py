@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
+from torch import fx
+
 from graphrewrite import textform
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.core import Block
@@ -53,6 +55,15 @@ class Rule(Pass):
 
     def rewrite_forward(self, graph: JointGraph) -> None:
         """For rules with `changes_forward`: turn a captured forward graph into what `predict` computes."""
+
+    def block_answers(self, graph: JointGraph) -> dict[str, fx.Node]:
+        """For rules whose blocks can answer alone: put class scores of each block into a captured forward graph.
+
+        Returns:
+            Block -> its scores, classes last; empty where blocks have no answer of their own.
+        """
+        del graph
+        return {}
 
     def state_name(self, name: str) -> str:
         """The full name of a piece of this rule's state."""

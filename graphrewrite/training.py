@@ -238,21 +238,31 @@ def accuracy(compiled: CompiledModule, split: Split, batch: int = 1024) -> float
     """Share of targets that `predict` gives the highest score, in eval mode; targets of -100 do not count."""
     was_training = compiled.training
     compiled.eval()
-    count = sample_count(split)
     right = total = 0
-    for piece in [split] if not count else [take(split, i) for i in torch.arange(count).split(batch)]:
-        scores = class_scores(compiled.predict(piece.x))
-        if piece.y.is_floating_point() or piece.y.shape != scores.shape[:-1]:
-            raise RuleError(
-                f"accuracy needs one integer class per prediction, the targets are {piece.y.dtype} of shape "
-                f"{tuple(piece.y.shape)} for scores of shape {tuple(scores.shape)}",
-                remedy="compare rules on a classification task",
-            )
-        counted = piece.y != -100
-        right += int(((scores.argmax(-1) == piece.y) & counted).sum())
-        total += int(counted.sum())
+    for piece in in_batches(split, batch):
+        hits, counted = count_right(class_scores(compiled.predict(piece.x)), piece.y)
+        right += hits
+        total += counted
     compiled.train(was_training)
     return right / max(total, 1)
+
+
+def in_batches(split: Split, batch: int) -> list[Split]:
+    """A set in pieces of `batch` samples; one piece if its tensors do not share their first size."""
+    count = sample_count(split)
+    return [take(split, i) for i in torch.arange(count).split(batch)] if count else [split]
+
+
+def count_right(scores: torch.Tensor, y: torch.Tensor) -> tuple[int, int]:
+    """How many targets have the highest score, and how many count: -100 does not."""
+    if y.is_floating_point() or y.shape != scores.shape[:-1]:
+        raise RuleError(
+            f"accuracy needs one integer class per prediction, the targets are {y.dtype} of shape {tuple(y.shape)} for "
+            f"scores of shape {tuple(scores.shape)}",
+            remedy="compare rules on a classification task",
+        )
+    counted = y != -100
+    return int(((scores.argmax(-1) == y) & counted).sum()), int(counted.sum())
 
 
 def class_scores(outputs: Any) -> torch.Tensor:

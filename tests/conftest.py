@@ -8,6 +8,12 @@ import pathlib
 import pytest
 import torch
 
+# Inductor's pool of compiler processes costs more than it saves on small graphs
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+if not torch.cuda.is_available():
+    # kernels run in Triton's interpreter; it must be chosen before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # side by side with another worker, one thread each is faster than two

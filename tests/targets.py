@@ -73,6 +73,11 @@ def tokens() -> Any:
     return model, (torch.randint(0, 7, (4, 3)),), torch.randint(0, 7, (4, 3))
 
 
+def two_layers() -> Any:
+    """As little as a rule can be told by, with integer inputs."""
+    return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)), (torch.randint(0, 7, (4,)),), torch.randint(0, 7, (4,))
+
+
 def square_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """A loss that is no cross-entropy."""
     return (outputs - targets).square().mean()

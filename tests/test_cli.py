@@ -360,7 +360,7 @@ def test_diff_knows_an_operator_again_in_other_forward_passes() -> None:
 
 
 def test_certify_tells_the_rules_apart_and_why_one_is_refused(run: Run) -> None:
-    data = run("certify", ":mlp", "--json").data
+    data = run("certify", ":mlp", "--rule", "bp", "--rule", "dfa", "--rule", "ff", "--json").data
     rules = {one["rule"]: one for one in data["rules"]}
     assert [rules[r]["weight_transport"] for r in ("bp", "dfa", "ff")] == [True, False, False]
     assert [rules[r]["backward_locked"] for r in ("bp", "dfa", "ff")] == [True, False, False]
@@ -369,8 +369,13 @@ def test_certify_tells_the_rules_apart_and_why_one_is_refused(run: Run) -> None:
     assert rules["ff"]["forward_passes"] == 3
     path = rules["bp"]["blocks"][0]["weight_transport"]["path"]
     assert path[-1] == "parameter 2.weight"
-    refused = run("certify", ":tokens", "--json").data["refused"]
-    assert "floating-point input" in refused["ff"]
+
+
+def test_certify_without_a_rule_takes_every_rule_there_is(run: Run) -> None:
+    data = run("certify", ":two_layers", "--json").data
+    names = [one["rule"].partition("{")[0] for one in data["rules"]]
+    assert sorted([*names, *data["refused"]]) == sorted(registry.known("rule"))
+    assert "floating-point input" in data["refused"]["ff"]
 
 
 def test_certify_prints_the_paths_on_request(run: Run) -> None:

@@ -432,6 +432,35 @@ def test_a_net_of_one_layer_has_nothing_to_replace():
         gr.compile(nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)), "fa", example_inputs=x, example_targets=y)
 
 
+@pytest.mark.parametrize("rule", ["fa", pytest.param("usf", marks=pytest.mark.slow)])
+def test_an_error_that_is_not_finite_reaches_every_layer_as_under_backpropagation(rule):
+    model, x, y = three_layers()
+    with torch.no_grad():
+        model[4].bias[0] = torch.inf
+    compiled = gr.compile(copy.deepcopy(model), rule, example_inputs=x, example_targets=y, blocks="layers")
+    assert all(g.isnan().any() for g in bp_grads(model, x, y).values())
+    assert all(g.isnan().any() for g in rule_grads(compiled, x, y).values())
+
+
+def test_outputs_that_are_no_tensor():
+    """A dict works with a loss that reads it; the default loss says what it cannot read."""
+
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return {"answer": self.head(torch.tanh(self.body(x)))}
+
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    with pytest.raises(gr.RuleError, match="cannot read outputs of type dict") as error:
+        gr.compile(Answers(), "fa", example_inputs=x, example_targets=y)
+    assert "loss=" in str(error.value)
+    compiled = gr.compile(Answers(), "fa", loss=lambda outputs, y: F.cross_entropy(outputs["answer"], y))
+    assert set(rule_grads(compiled, x, y)) == {n for n, _ in compiled.module.named_parameters()}
+
+
 def test_part_of_a_model():
     """In a map of rules only the claimed blocks read feedback weights."""
     model, x, y = three_layers()

@@ -60,6 +60,41 @@ def test_forward_forward_is_flat_in_depth(depths):
     assert depths[-1] < 64 or found[-1] < 0.2 * eager[-1]
 
 
+UNLOCKED = [
+    "ff",
+    "ff{loss=symba}",
+    "ff{collaboration=previous}",
+    "mono_forward",
+    "local_loss{head=pred}",
+    "local_loss{head=sim}",
+    "local_loss{head=predsim}",
+    "local_loss{head=dgl}",
+    "local_loss{head=target_projection}",
+    "lls",
+    "lls{modulation=mxm}",
+    "counter_current",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", UNLOCKED)
+def test_rules_whose_updates_are_not_locked_are_flat_in_depth(rule):
+    """Gradients that a step returns are not activations: they are subtracted, those of heads as well."""
+    found = [unlocked_peak(rule, depth) for depth in (4, 16)]
+    assert max(found) <= 1.1 * min(found), [peak / UNIT for peak in found]
+
+
+def unlocked_peak(rule: str, depth: int) -> int:
+    torch.manual_seed(0)
+    model = equal_blocks(depth, WIDTH)
+    x, y = torch.randn(BATCH, WIDTH), torch.randint(0, 10, (BATCH,))
+    compiled = gr.compile(model, rule, verify="off")
+    compiled.loss(x, y).backward()
+    assert not compiled.report().certificates.update_locked
+    returned = sum(p.grad.numel() * p.grad.element_size() for p in compiled.parameters() if p.grad is not None)
+    return measured_peak(compiled, x, y) - returned
+
+
 @pytest.mark.parametrize("rule", ["bp", "dfa"])
 def test_global_rules_keep_one_activation_per_block(rule):
     grown = peaks(rule, 16)[0] - peaks(rule, 4)[0]

@@ -28,15 +28,17 @@ CALLS = {
         ["inspect", ":mlp", "--rule", "ff", "--level", "aten"],
         ["inspect", ":tokens", "--level", "backward"],
     ],
-    "diff": [["diff", ":mlp", "--rule", "dfa"], ["diff", ":deep", "--rule", "ff"]],
+    "diff": [["diff", ":mlp", "--rule", "dfa"], ["diff", ":mlp", "--rule", "dfa", "--pass", "dfa"]],
     "explain": [["explain", ":deep", "--rule", "ff"]],
     "certify": [["certify", ":mlp", "--rule", "dfa"], ["certify", ":tokens", "--rule", "bp"]],
     "memory": [["memory", ":deep"], ["memory", ":mlp", "--rule", "ff", "--measure"]],
     "schedule": [["schedule", ":deep", "--rule", "ff"], ["schedule", ":untaught"]],
+    "pipeline": [["schedule", ":deep", "--pipeline", "ZBVZeroBubble", "--stages", "4"]],
     "dump": [["dump", ":mlp", "{folder}/dump"]],
     "compare": [["compare", ":separable", "--rules", "bp,dfa", *FAST]],
     "rules": [["rules"]],
     "passes": [["passes"]],
+    "codecs": [["codecs"]],
     "new": [["new", "rule", "echo", "--into", "{folder}"]],
 }
 
@@ -80,9 +82,11 @@ def test_schemas_notice_what_is_missing_or_wrong(run: Run) -> None:
 
 
 def test_every_command_with_json_has_a_schema() -> None:
-    shared = {"demo": "compare", "codecs": "passes"}
     for command in app.registered_commands:
-        assert (FOLDER / f"{shared.get(command.name, command.name)}.json").is_file()
+        # a demo is a comparison, which is validated
+        name = {"demo": "compare"}.get(command.name, command.name)
+        assert (FOLDER / f"{name}.json").is_file()
+        assert name in CALLS
 
 
 def test_help_of_every_command_imports_no_torch() -> None:

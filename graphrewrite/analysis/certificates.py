@@ -9,6 +9,9 @@ For every block, from the gradients of its parameters backwards:
 * **global error**: does the gradient depend on the task loss?
 * **backward depth**: how many blocks' products must run one after another in the backward before the gradient is there?
 
+What a loop's result depends on is found inside of its body: the walk goes through the operators of one step, from a
+piece of state to that of the step before and to the initial one. With few steps that is an upper bound.
+
 Each finding comes with the chain of nodes that proves or breaks it. Nothing is declared by rules.
 """
 
@@ -24,6 +27,7 @@ from torch import fx
 
 from graphrewrite.analysis.cost import flops
 from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.loop import LoopCall, is_loop
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
     Grad,
@@ -35,12 +39,14 @@ from graphrewrite.graph.nodes import (
     Tangent,
     info,
     is_backward,
+    is_getitem,
     spec_of,
     value,
 )
 from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.text import Names, operator_name
 
+_SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor}
 _SIGNS = {torch.ops.aten.sign.default, torch.ops.aten.sgn.default}
 
 
@@ -176,15 +182,20 @@ class _Prover:
         self.graph = graph
         self.names = Names(graph)
         self.rules = {block.name: block.rule for block in graph.blocks}
+        self.loops = _Loops(graph)
         self._weights = self._weight_params()
         self._params_only = self._parameter_values()
         flow = nx.DiGraph()
         flow.add_nodes_from(self.rules)
-        for node in graph.forward_nodes():
+        inner = [n for n in self.loops.nodes if info(n).role is Role.FORWARD]
+        for node in (*graph.forward_nodes(), *inner):
             if info(node).role is Role.LOSS:
                 continue  # what a local loss reads of other blocks is no flow of the model
-            for source in node.all_input_nodes:
-                if source.op == "call_function" and _tensor(source) and source not in self._params_only:
+            for source in self.loops.sources(node):
+                if source.op != "call_function" or not _tensor(source) or source in self._params_only:
+                    continue
+                # of what a loop computes, only what belongs to a block
+                if info(source).block in self.rules or source in node.all_input_nodes:
                     flow.add_edge(info(source).block, info(node).block)
         self._behind: dict[str, set[str]] = {
             name: (nx.descendants(flow, name) if name in flow else set()) - {name, LOSS_BLOCK} for name in self.rules
@@ -211,6 +222,16 @@ class _Prover:
                 sources = [s for s in node.all_input_nodes if _tensor(s)]
                 if sources and all(s in found for s in sources):
                     found[node] = found[sources[0]]
+        for node, given in self.loops.inputs.items():
+            if given in found:
+                found[node] = found[given]
+        for node in self.loops.nodes:
+            sources = [s for s in node.all_input_nodes if _tensor(s)]
+            known = [s for s in sources if s in found]
+            # a weight that was moved is that weight still
+            moved = node.target in _SUMS and any(value(s).shape == value(node).shape for s in known)
+            if known and (moved or (not is_backward(node) and len(known) == len(sources))):
+                found[node] = found[known[0]]
         return found
 
     def _gradient_terms(self) -> dict[str, list[fx.Node]]:
@@ -230,29 +251,39 @@ class _Prover:
         return terms
 
     def _block_chains(self) -> dict[fx.Node, dict[str, int]]:
-        """Backward node -> block -> the longest chain of blocks with products that ends in it, on the way there."""
+        """Node -> block -> the longest chain of blocks with backward products that ends in it, on the way there."""
         found: dict[fx.Node, dict[str, int]] = {}
         for node in self.graph.nodes:
-            if not is_backward(node):
+            if node.op != "call_function":
                 continue
             longest: dict[str, int] = {}
             for source in node.all_input_nodes:
                 for block, length in found.get(source, {}).items():
                     longest[block] = max(longest.get(block, 0), length)
             own = info(node).block
-            if own in self.rules and flops(node):
+            if is_loop(node):
+                # the blocks of a body work side by side, its steps one after another
+                call = LoopCall.of(node)
+                before = max(longest.values(), default=0)
+                working = {info(n).block for n in call.body.nodes if is_backward(n) and flops(n)}
+                longest |= {block: before + call.steps for block in working if block in self.rules}
+            elif is_backward(node) and own in self.rules and flops(node):
                 longest = {own: max([1, *(n + (block != own) for block, n in longest.items())])}
             found[node] = longest
         return found
 
     def forward_passes(self) -> int:
-        """Distinct passes among the forward operators that compute activations."""
-        labels = {
+        """Distinct passes among the forward operators that compute activations; in loops, once for each step."""
+        labels = self._passes(self.graph.forward_nodes())
+        looped = sum(call.steps * len(self._passes(call.body.nodes)) for call in self.loops.calls)
+        return max(len(labels), 1) + looped
+
+    def _passes(self, nodes: Iterable[fx.Node]) -> set[str]:
+        return {
             info(n).copy
-            for n in self.graph.forward_nodes()
+            for n in nodes
             if info(n).role is Role.FORWARD and n not in self._params_only and _tensor(n) and self._reads_weight(n)
         }
-        return max(len(labels), 1)
 
     def _reads_weight(self, node: fx.Node) -> bool:
         return any(s in self._params_only for s in node.all_input_nodes)
@@ -264,8 +295,9 @@ class _Prover:
         if not starts:
             return None
         behind = self._behind[block]
-        everything, parents = _reach(starts, lambda _n: True)
-        backward, backward_parents = _reach(starts, is_backward)
+        everything, parents = self._reach(starts, lambda _n: True)
+        # a second forward pass may start from a cotangent: what came back to it counts, too
+        backward = [n for n in everything if is_backward(n)]
         transport, affine, signs, local = NO, [], [], []
         for node in backward:
             for name in self._weights_read(node):
@@ -276,13 +308,13 @@ class _Prover:
                 elif node.target in _SIGNS:
                     signs.append(name)
                 elif not transport and info(node).block != LOSS_BLOCK:
-                    transport = Finding(True, (*self._path(node, backward_parents), f"parameter {name}"))
+                    transport = Finding(True, (*self._path(node, parents), f"parameter {name}"))
         met = {info(n).block for n in everything if n.op == "call_function" and _tensor(n)} & behind
         return BlockCertificate(
             block=block,
             rule=self.rules[block],
             weight_transport=transport,
-            backward_locked=self._first(backward, backward_parents, lambda n: info(n).block in behind),
+            backward_locked=self._first(backward, parents, lambda n: info(n).block in behind),
             update_locked=self._first(
                 everything,
                 parents,
@@ -295,6 +327,27 @@ class _Prover:
             sign_reads=_unique(signs),
             local_reads=_unique(local),
         )
+
+    def _reach(
+        self, starts: Iterable[fx.Node], through: Callable[[fx.Node], bool]
+    ) -> tuple[list[fx.Node], dict[fx.Node, fx.Node | None]]:
+        """Nodes reachable against the data flow, in breadth-first order, with the node each was reached from.
+
+        The walk goes on only through nodes that pass `through`; those that do not are not part of the result.
+        """
+        parents: dict[fx.Node, fx.Node | None] = dict.fromkeys(starts)
+        queue, order = deque(parents), []
+        while queue:
+            node = queue.popleft()
+            order.append(node)
+            for source in self.loops.sources(node):
+                if source in parents or not _carries(node, source):
+                    continue
+                if not through(source):
+                    continue
+                parents[source] = node
+                queue.append(source)
+        return order, parents
 
     def _weights_read(self, node: fx.Node) -> Iterable[str]:
         for source in node.all_input_nodes:
@@ -324,26 +377,42 @@ class _Prover:
         return f"%{self.names[node]} = {operator_name(node)} ({own.role} of {own.block or 'no block'})"
 
 
-def _reach(
-    starts: Iterable[fx.Node], through: Callable[[fx.Node], bool]
-) -> tuple[list[fx.Node], dict[fx.Node, fx.Node | None]]:
-    """Nodes reachable against the data flow, in breadth-first order, with the node each was reached from.
+class _Loops:
+    """The bodies of a graph's loops, joined to the graph around them."""
 
-    The walk goes on only through nodes that pass `through`; those that do not are not part of the result.
-    """
-    parents: dict[fx.Node, fx.Node | None] = dict.fromkeys(starts)
-    queue, order = deque(parents), []
-    while queue:
-        node = queue.popleft()
-        order.append(node)
-        for source in node.all_input_nodes:
-            if source in parents or not _carries(node, source):
+    def __init__(self, graph: JointGraph) -> None:
+        self.calls = [LoopCall.of(node) for node in graph.nodes if is_loop(node)]
+        self.nodes = [node for call in self.calls for node in call.body.nodes]
+        self.inputs: dict[fx.Node, fx.Node] = {}
+        """Placeholder of a body -> what every step is given there."""
+        self._state: dict[fx.Node, list[fx.Node]] = {}
+        for call in self.calls:
+            states = call.body.placeholders[: call.body.states]
+            for inner, first, last in zip(states, call.state, call.body.results, strict=True):
+                self._state[inner] = [last, first]
+            self.inputs |= dict(zip(call.body.placeholders[call.body.states :], call.inputs, strict=True))
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """What a value is computed from; for a loop's result, in its body."""
+        loop = node.args[0] if is_getitem(node) else None
+        waiting = list(node.all_input_nodes)
+        if isinstance(loop, fx.Node) and is_loop(loop):
+            call, number = LoopCall.of(loop), int(node.args[1])  # type: ignore[arg-type]
+            waiting = [call.body.results[number] if call.steps else call.state[number]]
+        found: dict[fx.Node, None] = {}
+        passed: set[fx.Node] = set()
+        while waiting:
+            source = waiting.pop(0)
+            if source in passed:
                 continue
-            if not through(source):
-                continue
-            parents[source] = node
-            queue.append(source)
-    return order, parents
+            passed.add(source)
+            if source in self._state:
+                waiting += self._state[source]
+            elif source in self.inputs:
+                waiting.append(self.inputs[source])
+            else:
+                found[source] = None
+        return list(found)
 
 
 def _carries(node: fx.Node, source: fx.Node) -> bool:
@@ -357,7 +426,8 @@ def _is_error(node: fx.Node) -> bool:
     spec = spec_of(node) if node.op == "placeholder" else None
     if isinstance(spec, Tangent):
         return not isinstance(spec.output, Loss)
-    return node.op == "call_function" and info(node).block == LOSS_BLOCK and not is_backward(node)
+    in_loss = node.op == "call_function" and info(node).block == LOSS_BLOCK
+    return in_loss and (not is_backward(node) or info(node).role is Role.SIGNAL)
 
 
 def _sums_gradients(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphrewrite.graph.aliasing import base_of
+from graphrewrite.graph.loop import OPERATOR, run_loop
 from graphrewrite.graph.ordering import live_bytes
 from graphrewrite.graph.partition import Partition
 
@@ -45,9 +46,17 @@ def forward_curve(part: Partition) -> Curve:
 def backward_curve(part: Partition) -> Curve:
     """Predicted live bytes of the backward stage, which starts with the saved values."""
     outputs = part.graph.outputs
-    kept = {base_of(outputs[spec]) for spec in part.backward_outputs}
+    kept = {base_of(outputs[spec]) for spec in part.backward_outputs} | {base_of(h.node) for h in part.held}
     order = part.order["backward"]
     return Curve(order, live_bytes(order, kept, [s.node for s in part.saved]))
+
+
+def weight_curve(part: Partition) -> Curve:
+    """Predicted live bytes of the weight stage of a split backward, which starts with the held values."""
+    outputs = part.graph.outputs
+    kept = {base_of(outputs[spec]) for spec in part.backward_weight_outputs}
+    order = part.order.get("weight", [])
+    return Curve(order, live_bytes(order, kept, [h.node for h in part.held]))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -72,7 +81,11 @@ class LiveBytes(TorchDispatchMode):
         self._tracked: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is OPERATOR:
+            with self:  # what a loop allocates in its body counts
+                result = run_loop(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._track(leaf)

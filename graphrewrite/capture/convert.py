@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,7 @@ def to_forward_graph(
     *,
     input_names: list[str],
     target_names: list[str],
-    has_loss: bool,
+    loss: Callable[..., Any] | None,
 ) -> tuple[JointGraph, list[tuple[bool, Any]]]:
     """Convert an exported program.
 
@@ -53,7 +54,7 @@ def to_forward_graph(
         The graph, and for each leaf of the model's outputs `(True, index of UserOutput)` or `(False, constant)`.
     """
     converter = _Converter(program, model, input_names, target_names)
-    graph = converter.run(has_loss)
+    graph = converter.run(loss)
     return graph, converter.out_leaves
 
 
@@ -74,12 +75,12 @@ class _Converter:
         self.graph.output_node.meta["specs"] = ()
         self.env: dict[fx.Node, Any] = {}
 
-    def run(self, has_loss: bool) -> JointGraph:
+    def run(self, loss: Callable[..., Any] | None) -> JointGraph:
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op in ("call_function", "get_attr"):
                 self._operator(node)
-        self._outputs(has_loss)
+        self._outputs(loss)
         _merge_casts(self.graph)
         self.graph.prune()
         return self.graph
@@ -188,7 +189,7 @@ class _Converter:
 
     # --- outputs ---------------------------------------------------------------------------------------------------
 
-    def _outputs(self, has_loss: bool) -> None:
+    def _outputs(self, loss: Callable[..., Any] | None) -> None:
         results = list(self.program.graph.output_node().args[0])
         outputs: dict[OutputSpec, fx.Node] = {}
         leaves: list[tuple[bool, Any]] = []
@@ -212,8 +213,8 @@ class _Converter:
                     f"the forward changes {spec.target} in place ({spec.kind.name})",
                     remedy="parameters must not be written in the forward; use a buffer",
                 )
-        if has_loss:
-            outputs, leaves, values = self._split_loss(outputs, leaves)
+        if loss is not None:
+            outputs, leaves, values = self._split_loss(loss, outputs, leaves)
         else:
             values = [n for s, n in outputs.items() if isinstance(s, UserOutput)]
         self.out_leaves = leaves
@@ -221,14 +222,18 @@ class _Converter:
         self.graph.model_outputs = [n for n in values if is_float(n)]
 
     def _split_loss(
-        self, outputs: dict[OutputSpec, fx.Node], leaves: list[tuple[bool, Any]]
+        self, loss_fn: Callable[..., Any], outputs: dict[OutputSpec, fx.Node], leaves: list[tuple[bool, Any]]
     ) -> tuple[dict[OutputSpec, fx.Node], list[tuple[bool, Any]], list[fx.Node]]:
         """The last output is the loss; the model's own outputs become the boundary in front of it."""
         is_node, index = leaves[-1]
         loss = outputs.get(UserOutput(index)) if is_node else None
         if loss is None or not isinstance(loss.meta["val"], torch.Tensor) or loss.meta["val"].dim() != 0:
+            found = (
+                "no tensor" if loss is None else f"a tensor of shape ({', '.join(map(str, loss.meta['val'].shape))})"
+            )
             raise CaptureError(
-                "the loss does not return a scalar tensor", remedy="loss(outputs, targets) must return one number"
+                f"the loss {_name_of(loss_fn)} does not return a scalar tensor but {found}",
+                remedy="loss(outputs, targets) must return one number: take the mean or the sum of what it returns",
             )
         leaves = leaves[:-1]
         values = list(dict.fromkeys(outputs[UserOutput(i)] for is_node, i in leaves if is_node))
@@ -247,6 +252,11 @@ class _Converter:
             if spec.arg.name == name:
                 return i
         raise CaptureError(f"the forward mutates {name}, which is no input")
+
+
+def _name_of(loss: Callable[..., Any]) -> str:
+    inner = getattr(loss, "func", loss)  # of a functools.partial
+    return str(getattr(inner, "__qualname__", type(inner).__name__))
 
 
 def _in_form_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from graphrewrite._compat import (
     annotate,
     eager_branches,
     keep_random,
+    keyword_attributes,
     native_kernels,
     patched_checkpoint,
     patched_custom_functions,
@@ -25,6 +26,7 @@ from graphrewrite._compat import (
     quiet_export,
     recurrent_decompositions,
     set_grad_wrapper,
+    unreduced_losses,
 )
 from graphrewrite.capture.convert import REGION, to_forward_graph
 from graphrewrite.capture.diagnose import explain_failure
@@ -140,7 +142,7 @@ def _converted(program: ExportedProgram, traced: _Traced, inputs: Inputs, target
         model,
         input_names=_leaf_names(model, inputs),
         target_names=_target_names(targets) if loss is not None else [],
-        has_loss=loss is not None,
+        loss=loss,
     )
     graph.context.training = model.training
     captured = Captured(graph, traced.seen.structure, values)
@@ -172,7 +174,9 @@ def _faithful_export() -> Iterator[None]:
     with (
         quiet_export(),
         native_kernels(),
+        unreduced_losses(),
         keep_random(),
+        keyword_attributes(),
         preserve_annotations(),
         watching_hooks(),
         patched_custom_functions(custom_operator),

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from graphrewrite.runtime.module import CompiledModule
 
 
+WITHOUT_TARGETS = (
+    "The target gives no targets, so the graph holds no loss: the cotangent of the output comes from outside, and what "
+    "must have run before it is there is not counted. With targets, a rule that uses the global error is update locked."
+)
+
+
 def certify(
     target: Target,
     rule: Rule = None,
@@ -50,9 +56,18 @@ def certify(
         report = compiled.report()
         found[report.rule] = report.certificates
     if as_json:
-        print_json({"target": target, "rules": [to_json(name, c) for name, c in found.items()], "refused": refused})
+        print_json(
+            {
+                "target": target,
+                "has_loss": loaded.targets is not None,
+                "rules": [to_json(name, c) for name, c in found.items()],
+                "refused": refused,
+            }
+        )
         return
     _print(found, refused, paths)
+    if loaded.targets is None and any(not held.update_locked for held in found.values()):
+        print_lines([Text(WITHOUT_TARGETS, style="yellow")])
 
 
 def _print(found: dict[str, Certificates], refused: dict[str, str], paths: bool) -> None:

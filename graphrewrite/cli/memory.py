@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from graphrewrite.cli.files import check_file, write_file
 from graphrewrite.cli.options import (
     Blocks,
     Budget,
@@ -40,6 +42,13 @@ def memory(
     compress: Compress = None,
     budget: Budget = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run a step and measure its peak as well.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the curve and the table as a page.", show_default=False),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Write the curve as a drawing.", show_default=False)
+    ] = None,
     blocks: Blocks = "auto",
     loss: Loss = None,
     as_json: Json = False,
@@ -49,9 +58,12 @@ def memory(
     """Show what a step saves between forward and backward, and how many bytes are alive while it runs.
 
     Parameters, buffers and the batch are not counted. The prediction counts the storages of the graph's own values;
-    a measurement also sees the scratch space of torch's operators.
+    a measurement also sees the scratch space of torch's operators. Born and dies are the operators that compute a value
+    and read it last, counted in the order in which they run.
     """
     wanted = one_rule(rule)
+    for file in (html, svg):
+        check_file(file)
 
     from graphrewrite.analysis.liveness import backward_curve, forward_curve
     from graphrewrite.cli.targets import load_target
@@ -65,6 +77,16 @@ def memory(
     groups = by_layer(report.saved, [b.name for b in partition.graph.blocks])
     peak = max(curve.peak for curve in curves.values())
     measured = measured_peak(compiled, loaded) if measure else None
+    if html is not None or svg is not None:
+        from graphrewrite.report.memory_page import memory_page
+        from graphrewrite.report.schedule import to_svg
+
+        title = f"{target} under {report.rule}"
+        marks = {} if measured is None else {"measured peak": measured}
+        if svg is not None:
+            write_file(svg, to_svg(partition, title, marks))
+        if html is not None:
+            write_file(html, memory_page(partition, title, groups, peak, measured))
     if as_json:
         print_json(
             {
@@ -123,9 +145,9 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _table(groups: list[LayerGroup]) -> Table:
-    from graphrewrite.report.memory import range_of
+    from graphrewrite.report.memory import lifetime, range_of
 
-    numbers = ["in one layer", "in all"]
+    numbers = ["born", "dies", "in one layer", "in all"]
     made = table(["layer", "value of", "type", "kind", "codec", *numbers], right=numbers)
     for group in groups:
         for i, value in enumerate(group.values):
@@ -137,6 +159,7 @@ def _table(groups: list[LayerGroup]) -> Table:
                 value.type,
                 value.kind,
                 value.codec,
+                *lifetime(value),
                 human_bytes(value.nbytes),
                 human_bytes(value.nbytes * len(group.layers)),
             )
@@ -177,6 +200,8 @@ def _group(group: LayerGroup) -> dict[str, Any]:
                 "kind": v.kind,
                 "codec": v.codec,
                 "bytes": v.nbytes,
+                "born": [born for born, _ in v.lives],
+                "dies": [dies for _, dies in v.lives],
             }
             for v in group.values
         ],

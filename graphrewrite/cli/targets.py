@@ -58,7 +58,14 @@ class Target:
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     seed: int = 0
 
-    def compile(self, rule: RuleText, compress: Any = None, memory_budget: float | None = None) -> CompiledModule:
+    def compile(
+        self,
+        rule: RuleText,
+        compress: Any = None,
+        memory_budget: float | None = None,
+        *,
+        split_backward: bool = False,
+    ) -> CompiledModule:
         """The model, compiled under a rule and captured for the example batch."""
         rules = RuleMap.of(rule)
         needy = [one.name for one in rules.rules if one.needs_loss]
@@ -78,6 +85,7 @@ class Target:
                 memory_budget=memory_budget,
                 loss=self.loss,
                 seed=self.seed,
+                split_backward=split_backward,
             )
 
     def forward_graph(self, rule: RuleText) -> JointGraph:

@@ -97,3 +97,36 @@ def written_bases(node: fx.Node) -> list[fx.Node]:
         for argument, given in zip(schema.arguments, node.args, strict=False)
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, fx.Node)
     ]
+
+
+def drop_mutation(graph: fx.Graph) -> None:
+    """Let operators that work in place on what a traced function has just made return new values instead.
+
+    Derivatives are written like that (a mean divides its sum in place). What mutates an input, or a value that a view
+    looks at, is left as it is.
+    """
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        held = node.args[0] if node.args else None
+        name = schema.name.partition("::")[2]
+        if not isinstance(held, fx.Node) or held.op != "call_function" or not name.endswith("_"):
+            continue
+        if is_view(held) or any(is_view(user) for user in held.users):
+            continue
+        packet = getattr(aten, name.removesuffix("_"), None)
+        target = getattr(packet, schema.overload_name or "default", None)
+        if target is None:
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(target, node.args, node.kwargs)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        later = set()
+        following = node.next
+        while following.op != "root":
+            later.add(following)
+            following = following.next
+        held.replace_all_uses_with(new, delete_user_cb=later.__contains__)
+        graph.erase_node(node)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import fx
 
-from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels
+from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, unreduced_losses
 from graphrewrite.errors import RuleError
-from graphrewrite.graph.aliasing import base_of, written_bases
+from graphrewrite.graph.aliasing import base_of, drop_mutation, written_bases
 from graphrewrite.graph.nodes import (
     BACKWARD_ROLES,
     Constant,
@@ -92,6 +92,7 @@ class Context:
         label_classes: Set by rules that read the targets as class indices: how many classes there are.
         example: Example values of a graph's placeholders, for passes that measure.
         bp_bytes: What backpropagation saves between forward and backward; None where this graph is backpropagation.
+        coder: What encodes and decodes in the place of a codec, to the same bits: a backend's kernels.
     """
 
     loss: Callable[[Any, Any], torch.Tensor] | None = None
@@ -102,6 +103,7 @@ class Context:
     label_classes: int | None = None
     example: Callable[[GraphCore], list[Any]] | None = None
     bp_bytes: int | None = None
+    coder: Callable[[Any], Any] | None = None
 
 
 @dataclass
@@ -227,6 +229,7 @@ class GraphCore:
             shape_env.ignore_fresh_unbacked_symbols() if forget else contextlib.nullcontext(),  # type: ignore[union-attr]
             self.fake_mode,
             native_kernels(),
+            unreduced_losses(),
             enable_python_dispatcher(),
             torch.amp.autocast("cpu", enabled=False),
             torch.amp.autocast("cuda", enabled=False),
@@ -371,6 +374,7 @@ class GraphCore:
 
         with self.tracing(), contextlib.nullcontext() if not whole else torch.no_grad():
             traced = make_fx(flat, tracing_mode="real", pre_dispatch=whole, _allow_non_fake_inputs=True)(*fakes)
+        drop_mutation(traced.graph)
         results = self.inline(traced, slots, like=like)
         spec, made = structure[-1]
         given = iter(results)
@@ -398,12 +402,14 @@ class GraphCore:
                 results = list(fx.map_arg(node.args[0], env.__getitem__))
             elif node.op == "get_attr":
                 env[node] = self._attribute(traced, node, like)
-            elif node.target in _NO_OPS and not callable(like) and like.role in BACKWARD_ROLES:
+            elif node.target in _NO_OPS and not callable(like) and like.role in (*BACKWARD_ROLES, Role.TANGENT):
                 env[node] = env[node.args[0]]
             else:
                 self._refuse_mutation(node)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 node_info = like(node) if callable(like) else like
+                if "gr" in node.meta:  # `labelled` says what this part is for
+                    node_info = node.meta["gr"].but(stage=node.meta["gr"].stage or node_info.stage)
                 env[node] = self.emit(
                     node.target, args, kwargs, like=node_info, name=node.name, val=node.meta.get("val")
                 )

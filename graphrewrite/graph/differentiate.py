@@ -61,10 +61,11 @@ class Pullback:
     Attributes:
         op: The forward operator.
         part: `"d"`: cotangents of activations; `"w"`: gradients of parameters; `"vjp"`: both at once.
-        wrt: Positions in `flat_inputs(op)` that get a cotangent.
+        wrt: Positions in `sources` that get a cotangent.
         replaced: Positions of primals that the derivative reads in another form -> the node it reads instead.
         bwd: A PyTorch function in the place of the derivative: `bwd(residuals, *cotangents) -> cotangents of wrt`.
         residuals: Nodes handed to `bwd` as a tuple.
+        inputs: Where `bwd` is the derivative of several operators, of which `op` is the last: their inputs.
     """
 
     op: fx.Node
@@ -74,6 +75,7 @@ class Pullback:
     bwd: Bwd | None = None
     residuals: tuple[fx.Node, ...] = ()
     role: Role | None = None
+    inputs: tuple[fx.Node, ...] = ()
     # what the row is made of at present
     cotangents: tuple[fx.Node | None, ...] | None = None
     active: tuple[int, ...] = ()
@@ -83,6 +85,11 @@ class Pullback:
     def plain(self) -> bool:
         """Whether the row is the operator's own derivative."""
         return self.bwd is None and not self.replaced
+
+    @property
+    def sources(self) -> Sequence[fx.Node]:
+        """The values that the row's cotangents go back to."""
+        return self.inputs or flat_inputs(self.op)
 
     def reset(self) -> None:
         """Forget the nodes, so that the next propagation makes new ones."""
@@ -125,6 +132,8 @@ class Backward:
         """Edges (value, consumer) through which no cotangent returns."""
         self.mapped: dict[fx.Node, MappedGradient] = {}
         """Leaves whose gradient is another one than their cotangent."""
+        self.refused: dict[fx.Node, GraphRewriteError] = {}
+        """Operators that a cotangent reaches and that have no derivative: rules may still take it away."""
         self.deferred = 0
         self.seeded = True
         """Whether cotangents enter at the outputs."""
@@ -307,6 +316,7 @@ class Backward:
         if self.deferred:
             return
         graph = self.graph
+        self.refused.clear()
         self._drop_gone()
         forward = graph.forward_nodes()
         self._analyse(forward)
@@ -326,6 +336,11 @@ class Backward:
         graph.sort()
         graph.forward_first()
         graph.prune(backward_only=True)
+
+    def require_derivatives(self) -> None:
+        """Raise if a cotangent reaches an operator that has no derivative."""
+        for error in self.refused.values():
+            raise error
 
     def _reaching_leaves(self, forward: Sequence[fx.Node]) -> set[fx.Node]:
         """Values whose cotangent would reach a leaf through edges that are not cut."""
@@ -351,7 +366,7 @@ class Backward:
         with self._owning():
             for term in arrived[1:]:
                 like = info(total).but(
-                    role=Role.ACCUMULATE, block=self._block_of(node), cotangent_of=node, mirrors=producer(node)
+                    role=Role.ACCUMULATE, block=self.block_of(node), cotangent_of=node, mirrors=producer(node)
                 )
                 total = self.graph.emit(
                     torch.ops.aten.add.Tensor, (total, term), like=like, name=f"acc_{node.name}", val=self._like(node)
@@ -379,7 +394,7 @@ class Backward:
             self._own.add(node)
             node = node.next
 
-    def _block_of(self, node: fx.Node) -> str:
+    def block_of(self, node: fx.Node) -> str:
         """A leaf belongs to no block; its gradient is computed where it is first used."""
         if node.op != "placeholder":
             return info(node).block
@@ -402,18 +417,29 @@ class Backward:
         reached = any(c is not None for c in cotangents)
         by_position: dict[int, fx.Node] = {}
         for row in self.rows(op):
+            sources = row.sources
             active = tuple(
-                p for p in row.wrt if reached and inputs[p] in self._live and (inputs[p], op) not in self.cuts
+                p for p in row.wrt if reached and sources[p] in self._live and (sources[p], op) not in self.cuts
             )
             if (row.cotangents, row.active) != (cotangents, active):
                 old = row.results
-                with self._owning():
-                    row.results = self._materialise(row, cotangents, active, tape) if active else {}
+                try:
+                    with self._owning():
+                        row.results = self._materialise(row, cotangents, active, tape) if active else {}
+                except UndifferentiableError as error:
+                    self.refused[op] = error
+                    row.results = {}
+                    row.reset()
+                    continue
                 row.cotangents, row.active = cotangents, active
                 for position, before in old.items():
                     if position in row.results:
                         self._hand_over(before, row.results[position])
-            by_position.update(row.results)
+            if row.inputs:
+                for position, result in row.results.items():
+                    terms.setdefault(sources[position], []).append(result)
+            else:
+                by_position.update(row.results)
         for position in self._arrival(inputs, sorted(by_position), tape):
             terms.setdefault(inputs[position], []).append(by_position[position])
 
@@ -482,7 +508,7 @@ class Backward:
                 module=info(row.op).module,
                 remedy="return one per differentiable input of the part, None for none",
             )
-        inputs = flat_inputs(row.op)
+        inputs = row.sources
         results: dict[int, fx.Node] = {}
         for result, position in zip(made, row.wrt, strict=True):
             if result is None or position not in active:
@@ -505,12 +531,13 @@ class Backward:
         self, op: fx.Node, cotangents: Mapping[fx.Node, fx.Node], wanted: Collection[fx.Node] | None
     ) -> dict[fx.Node, list[fx.Node]]:
         """Nodes of an operator's pullbacks on given cotangents, without a place in the table."""
-        tape, inputs, outputs = self.tape(op), flat_inputs(op), outputs_of(op)
+        tape, outputs = self.tape(op), outputs_of(op)
         found: dict[fx.Node, list[fx.Node]] = {}
         if tape is None:
             return found
         given = tuple(cotangents.get(outputs[i]) if i in outputs else None for i in range(len(tape.outputs)))
         for row in self.rows(op):
+            inputs = row.sources
             active = tuple(
                 p for p in row.wrt if not self.is_weightlike(inputs[p]) and (wanted is None or inputs[p] in wanted)
             )
@@ -583,6 +610,7 @@ class Backward:
                     row.bwd,
                     moved(row.residuals),  # type: ignore[arg-type]
                     row.role,
+                    moved(row.inputs),  # type: ignore[arg-type]
                     None if row.cotangents is None else moved(row.cotangents),
                     row.active,
                     {p: env[n] for p, n in row.results.items()},
@@ -592,14 +620,18 @@ class Backward:
         return other
 
 
-def _undifferentiable(op: fx.Node, error: Exception) -> GraphRewriteError:
+class UndifferentiableError(RuleError):
+    """A cotangent reaches an operator without a derivative."""
+
+
+def _undifferentiable(op: fx.Node, error: Exception) -> UndifferentiableError:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RuleError(
+    return UndifferentiableError(
         f"operator {op.target} cannot be differentiated: {first}",
         node=op.name,
         module=info(op).module,
         source=info(op).source,
-        remedy="detach its input, or give it a derivative with torch.library.register_autograd",
+        remedy="detach its input, give it a derivative with torch.library.register_autograd, or use likelihood_ratio",
     )
 
 

@@ -14,16 +14,21 @@ in, with fake values, roles and provenance filled in. After a verb the graph is 
 | `clone_forward` | a second forward pass on other inputs, same parameters |
 | `pull_back` | one operator's derivative, applied to another cotangent beside the backward |
 | `drop_backward` | delete the backward |
+| `repeat` | an inner loop with state, kept as one callable sub-graph |
+| `push_forward` | a JVP beside the forward: tangents of what depends on perturbed values |
 | `add_state`, `update_state` | feedback weights, heads, running statistics |
+| `update_parameter` | a phase between steps writes a parameter |
 | `encode_saved` | store a saved tensor in another form |
 | `map_gradient` | the gradient of a leaf becomes a function of a gradient and other values |
 | `recompute` | compute a saved tensor again in the backward |
+| `split_backward` | weight gradients run in a stage of their own, behind the input cotangents |
 | `tap` | expose a value as an output |
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +39,14 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import views_of
 from graphrewrite.graph.core import GraphCore, StateInit
 from graphrewrite.graph.differentiate import Backward, MappedGradient, Part, Pullback
+from graphrewrite.graph.loop import OPERATOR, trace_body
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
     BufferUpdate,
     Loss,
     LossTerm,
     NodeInfo,
+    ParameterUpdate,
     Role,
     State,
     StateUpdate,
@@ -57,11 +64,13 @@ from graphrewrite.graph.nodes import (
     value,
 )
 from graphrewrite.graph.ops import is_impure
-from graphrewrite.random import uniform
+from graphrewrite.graph.pushforward import push_forward
+from graphrewrite.random import Uniform
 from graphrewrite.textform import to_text
 
 if TYPE_CHECKING:
     from graphrewrite.graph.codec import Codec
+    from graphrewrite.graph.split import Split
 
 
 class JointGraph(GraphCore):
@@ -145,10 +154,11 @@ class JointGraph(GraphCore):
     ) -> fx.Node:
         """Cut `boundary` and let `signal(*inputs)` be its cotangent.
 
-        From the boundary down to the previous cut the derivative stays exact.
+        From the boundary down to the previous cut the derivative stays exact. For a leaf, whose cotangent is its
+        gradient, the signal is the gradient.
 
         Args:
-            boundary: A forward value.
+            boundary: A forward value, or a leaf.
             signal: Returns a tensor with the shape and dtype of the boundary.
             inputs: Its arguments: an output error, targets, state.
             consumers: Where to cut; default: all consumers in other blocks.
@@ -156,7 +166,11 @@ class JointGraph(GraphCore):
         Returns:
             The node of the signal.
         """
-        like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary)
+        table = self._table()
+        if boundary in self.leaves:
+            like = NodeInfo(role=Role.GRADIENT, block=table.block_of(boundary), cotangent_of=boundary)
+        else:
+            like = info(boundary).but(role=Role.SIGNAL, mirrors=None, cotangent_of=boundary)
         node: fx.Node = self.splice(signal, inputs, like=like, whole=False)
         want, got = value(boundary), value(node)
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
@@ -167,7 +181,6 @@ class JointGraph(GraphCore):
                 module=info(boundary).module,
                 remedy="the signal must have the shape and dtype of the boundary",
             )
-        table = self._table()
         edges = self.crossing(boundary) if consumers is None else consumers
         table.cuts.update((boundary, consumer) for consumer in edges)
         table.seed(boundary, node)
@@ -245,6 +258,52 @@ class JointGraph(GraphCore):
         table.seeds.clear()
         table.propagate()
 
+    # --- loops -----------------------------------------------------------------------------------------------------
+
+    def repeat(
+        self,
+        body: Callable[..., Sequence[torch.Tensor]],
+        state: Sequence[fx.Node],
+        steps: int,
+        *,
+        inputs: Sequence[fx.Node] = (),
+        like: NodeInfo,
+    ) -> list[fx.Node]:
+        """An inner loop, kept as one callable sub-graph: the graph is as large for many steps as for one.
+
+        Args:
+            body: `body(*state, *inputs) -> next state`, an ordinary PyTorch function; it may call
+                `torch.autograd.grad`. Parts of it may say what they are for, by `graphrewrite.graph.loop.labelled`.
+            state: The initial state; it keeps its shapes and dtypes.
+            steps: How often the body runs.
+            inputs: What every step reads.
+            like: Role, block and module of the loop, and of what its body does not label.
+
+        Returns:
+            The nodes of the final state.
+        """
+        if steps < 0:
+            raise RuleError(f"a loop of {steps} steps", module=like.module)
+        traced = trace_body(self, body, state, inputs, like)
+        node = self.emit(OPERATOR, (list(state), list(inputs), steps, traced.number), like=like, name="repeat")
+        return [self.emit(operator.getitem, (node, i), like=like) for i in range(len(state))]
+
+    def push_forward(self, tangents: Mapping[fx.Node, fx.Node], *, copy: str = "") -> dict[fx.Node, fx.Node]:
+        """Add a forward-mode pass: the JVP of every operator that depends on a perturbed value.
+
+        Args:
+            tangents: Value -> its tangent: a parameter, an input, or the result of an operator, where it is added to
+                the tangent that arrives there.
+            copy: The forward pass (`clone_forward`) whose operators are differentiated.
+
+        Returns:
+            Value -> its tangent, for all values that have one.
+
+        Raises:
+            RuleError: An operator on the way has neither a JVP nor a VJP that can be differentiated again.
+        """
+        return push_forward(self, tangents, copy=copy)
+
     # --- derivatives of single operators ---------------------------------------------------------------------------
 
     def pullback(self, node: fx.Node, part: Part | None = None) -> Pullback:
@@ -263,8 +322,9 @@ class JointGraph(GraphCore):
         fwd: Callable[..., Any] | None = None,
         residuals: Sequence[fx.Node] | None = None,
         part: Part | None = None,
+        inputs: Sequence[fx.Node] | None = None,
     ) -> None:
-        """Give one operator another derivative, as `jax.custom_vjp`.
+        """Give one operator, or several at once, another derivative, as `jax.custom_vjp`.
 
         Args:
             node: A forward operator.
@@ -275,8 +335,14 @@ class JointGraph(GraphCore):
                 tensor inputs. Only what it returns is saved.
             residuals: Instead of `fwd`: existing nodes. Default: the operator's inputs, then its outputs.
             part: `"d"` (activations), `"w"` (parameters); None: whatever the operator has as one row.
+            inputs: `node` is the last of several operators, and these are the values that all of them together are a
+                function of: `bwd` returns a cotangent for each. What lies between gets none through `node` any more.
         """
-        row = self.pullback(node, part)
+        if inputs is None:
+            row = self.pullback(node, part)
+        else:
+            row = Pullback(node, "vjp", tuple(range(len(inputs))), inputs=tuple(inputs))
+            self._table().pullbacks[node] = [row]
         if fwd is not None:
             like = info(node).but(mirrors=None)
             made = self.splice(fwd, flat_inputs(node), like=like, whole=False)
@@ -319,9 +385,9 @@ class JointGraph(GraphCore):
         table = self._table()
         found = list(table.seeds.get(node, ()))
         for consumer in consumers:
-            inputs = flat_inputs(consumer)
             for row in table.rows(consumer):
-                found += [held for position, held in row.results.items() if inputs[position] is node]
+                sources = row.sources
+                found += [held for position, held in row.results.items() if sources[position] is node]
         return found
 
     def replace_primal(
@@ -527,6 +593,16 @@ class JointGraph(GraphCore):
         self.sort()
         return new
 
+    def update_parameter(self, name: str, fn: Callable[..., torch.Tensor], inputs: Sequence[fx.Node]) -> fx.Node:
+        """Write `fn(parameter, *inputs)` into a parameter of the model; for phases between steps only."""
+        node = self.parameters()[name]
+        new: fx.Node = self.splice(fn, [node, *inputs], like=NodeInfo(role=Role.STATE, module=name), whole=False)
+        if tuple(value(new).shape) != tuple(value(node).shape) or value(new).dtype != value(node).dtype:
+            raise RuleError(f"the update of parameter {name} has another shape or dtype than the parameter")
+        self.add_output(ParameterUpdate(name), new)
+        self.sort()
+        return new
+
     @property
     def float_dtype(self) -> torch.dtype:
         """The dtype of the first floating-point parameter, else float32."""
@@ -576,6 +652,7 @@ class JointGraph(GraphCore):
         sizes = [self._size(of, dim) for of, dim in getattr(codec, "sizes", ())]
         symbols = [s for s in sizes if isinstance(s, fx.Node)]
         stream = self.stream() if getattr(codec, "random", False) else 0
+        coder = codec if self.context.coder is None else self.context.coder(codec)
         shape = [self._size(node, dim) for dim in order]
         mark = self.output_node.prev
 
@@ -587,9 +664,8 @@ class JointGraph(GraphCore):
             numbers = with_sizes(given)
             laid_out = tensor if straight else tensor.permute(order)
             if not stream:
-                return codec.encode(laid_out, *numbers)
-            counter = next(given)
-            return codec.encode(laid_out, *numbers, draw=lambda size: uniform(counter, stream, size))  # type: ignore[call-arg]
+                return coder.encode(laid_out, *numbers)
+            return coder.encode(laid_out, *numbers, draw=Uniform(next(given), stream))
 
         like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
         made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)
@@ -600,7 +676,7 @@ class JointGraph(GraphCore):
             stored, rest = given[: len(residuals)], iter(given[len(residuals) :])
             numbers = with_sizes(rest)
             dims = [next(rest) if isinstance(s, fx.Node) else s for s in shape]
-            decoded = codec.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
+            decoded = coder.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
             return decoded if straight else decoded.permute([order.index(d) for d in range(len(order))])
 
         back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors, stage="", block=info(first).block)
@@ -694,6 +770,34 @@ class JointGraph(GraphCore):
                 min(again.users).prepend(again)
         self.prune(backward_only=True)
         return len(repeated)
+
+    def split_backward(self) -> Split:
+        """Let weight gradients, and what only they read or feed, run in a stage behind the input cotangents.
+
+        ATen level only. Call it last: nodes that are added later belong to the first stage.
+
+        Returns:
+            The nodes of the weight stage, and the gradients that stay in the first one, with the reason.
+        """
+        from graphrewrite.graph.split import find_weight_stage
+
+        if self.level != "aten":
+            raise RuleError("split_backward works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
+        found = find_weight_stage(self)
+        repeated: dict[fx.Node, fx.Node] = {}
+        for node in found.again:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
+            like = info(node).but(stage="weight")
+            target: Any = node.target
+            repeated[node] = self.emit(target, args, kwargs, like=like, name=f"{node.name}_again", val=node.meta["val"])
+        for node in found.nodes:
+            node.meta["gr"] = info(node).but(stage="weight")
+            for source in node.all_input_nodes:
+                if source in repeated:
+                    node.replace_input_with(source, repeated[source])
+        if repeated:
+            self.sort()
+        return found
 
     def tap(self, node: fx.Node, name: str) -> None:
         """Expose a value (an activation, a cotangent) as an output named `name`."""

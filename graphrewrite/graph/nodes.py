@@ -38,6 +38,8 @@ class Role(StrEnum):
     """Sum of the cotangents that meet at a fan-out."""
     SIGNAL = "signal"
     """Computation of a teaching signal that a rule put in the place of a cotangent."""
+    TANGENT = "tangent"
+    """Forward-mode computation: the tangent of an activation, beside the forward."""
     STATE = "state"
     """Update of rule state."""
 
@@ -211,6 +213,16 @@ class StateUpdate:
 
 
 @dataclass(frozen=True)
+class ParameterUpdate:
+    """The new value of a parameter that a phase between steps writes."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"update of parameter {self.name}"
+
+
+@dataclass(frozen=True)
 class Grad:
     """The gradient of a parameter, of a learned state or of a user input."""
 
@@ -230,7 +242,7 @@ class Tap:
         return f"tap {self.name}"
 
 
-OutputSpec = UserOutput | Loss | LossTerm | BufferUpdate | InputUpdate | StateUpdate | Grad | Tap
+OutputSpec = UserOutput | Loss | LossTerm | BufferUpdate | InputUpdate | StateUpdate | ParameterUpdate | Grad | Tap
 
 
 # --- node information --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graphrewrite.graph.aliasing import base_of, mutated_bases, owns_no_memory
+from graphrewrite.graph.loop import LoopCall, is_loop
 from graphrewrite.graph.nodes import LOSS_BLOCK, info, nbytes, value
 from graphrewrite.graph.ops import is_impure
 
@@ -114,13 +115,21 @@ def live_bytes(nodes: Sequence[fx.Node], kept: set[fx.Node], given: Iterable[fx.
     for node in nodes:
         allocated = _allocates(node)
         live += allocated
-        curve.append(live)
+        curve.append(live + _inside(node))
         for base in dying.get(node, ()):
             if base in owned and base not in kept:
                 live -= _size(base)
         if not node.users and node not in kept:
             live -= allocated
     return curve
+
+
+def _inside(node: fx.Node) -> int:
+    """What a loop holds while it runs: the most that is alive in its body."""
+    if not is_loop(node):
+        return 0
+    body = LoopCall.of(node).body
+    return max(live_bytes(body.nodes, set(body.results)), default=0)
 
 
 def _allocates(node: fx.Node) -> int:

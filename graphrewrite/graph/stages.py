@@ -63,7 +63,9 @@ def stage_graph(part: Partition, stage: str) -> JointGraph:
 def _results(part: Partition, stage: str, names: Names) -> list[tuple[OutputSpec, int]]:
     """What a stage returns, with the position in its own results."""
     if stage != "forward":
-        specs: list[OutputSpec] = getattr(part, f"{stage}_outputs")
+        specs: list[OutputSpec] = list(getattr(part, f"{stage}_outputs"))
+        if stage == "backward":
+            specs += [Tap(f"held {names[one.node]}") for one in part.held if one.saved < 0]
         return [(spec, i) for i, spec in enumerate(specs)]
     saved = [(Tap(f"saved {names[one.node]}"), part.result_count + i) for i, one in enumerate(part.saved)]
     return [*part.forward_outputs.items(), *saved]

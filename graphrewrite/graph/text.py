@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from graphrewrite.graph.nodes import Role, info, is_backward, is_getitem, spec_of, value
+from graphrewrite.graph.loop import LoopCall, is_loop
+from graphrewrite.graph.nodes import Role, hint, info, is_backward, is_getitem, spec_of, value
 from graphrewrite.graph.ops import VjpCall, is_vjp
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ _DTYPES = {
     torch.complex64: "c64",
     torch.complex128: "c128",
 }
+
+_DIVISIONS = {"FloorDiv": "//", "CleanDiv": "//", "IntTrueDiv": "/", "Mod": "%", "PythonMod": "%"}
+
+LONG_SIZE = 16
+"""A symbolic size of more characters is shown as the example's number in types."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,16 @@ class Names:
         self._nodes: dict[fx.Node, str] = {}
         self._used: dict[str, int] = {}
         self._symbols: dict[str, str] = {}
+        self.loops = [node for node in graph.nodes if is_loop(node)]
         for node in graph.nodes:
             if node.op != "output":
+                self._nodes[node] = self._name(node)
+        for number, loop in enumerate(self.loops):
+            call = LoopCall.of(loop)
+            for i, node in enumerate(call.body.placeholders):
+                kind, position = ("state", i) if i < call.body.states else ("input", i - call.body.states)
+                self._nodes[node] = f"body{number}.{kind}{position}"
+            for node in call.body.nodes:
                 self._nodes[node] = self._name(node)
 
     def _name(self, node: fx.Node) -> str:
@@ -86,27 +100,58 @@ class Names:
         return self._nodes.get(node, node.name)
 
     def size(self, size: Any) -> str:
-        """A size as text; symbols are renamed by first appearance."""
+        """A size as text, `s0·784`; symbols are renamed by first appearance."""
         if isinstance(size, int):
             return str(size)
         expr = size.node.expr
-        text = str(expr)
         for symbol in sorted(expr.free_symbols, key=str):
             self._symbols.setdefault(str(symbol), f"s{len(self._symbols)}")
-        for symbol in sorted((str(s) for s in expr.free_symbols), key=len, reverse=True):
-            text = text.replace(symbol, f"\0{self._symbols[symbol]}")
-        return text.replace("\0", "")
+        return _formula(expr, self._symbols)
+
+    def _short_size(self, size: Any) -> str:
+        """A size as text; where that is long, the example's number: `~784`."""
+        text = self.size(size)
+        return text if len(text) <= LONG_SIZE else f"~{hint(size)}"
 
     def type(self, val: Any) -> str:
         """A value's dtype and shape: `f32[s0, 64]`."""
         if isinstance(val, torch.Tensor):
             dtype = _DTYPES.get(val.dtype, str(val.dtype).removeprefix("torch."))
-            return f"{dtype}[{', '.join(self.size(s) for s in val.shape)}]"
+            return f"{dtype}[{', '.join(self._short_size(s) for s in val.shape)}]"
         if isinstance(val, (tuple, list)):
             return f"({', '.join(self.type(v) for v in val)})"
         if isinstance(val, torch.SymInt):
-            return f"size {self.size(val)}"
+            return f"size {self._short_size(val)}"
         return "" if val is None else type(val).__name__
+
+
+def _formula(expr: Any, symbols: dict[str, str]) -> str:
+    """A symbolic size as a person writes it: `s0·784`, `s0//2 + 1`."""
+    if expr.is_Symbol:
+        return symbols.get(str(expr), str(expr))
+    if expr.is_Add:
+        terms = sorted(
+            (_formula(term, symbols) for term in expr.args), key=lambda text: (text.lstrip("-").isdigit(), text)
+        )
+        return " + ".join(terms).replace("+ -", "- ")
+    if expr.is_Mul:
+        number, rest = expr.as_coeff_mul()
+        factors = sorted(_operand(factor, symbols) for factor in rest)
+        sign = "-" if number < 0 else ""
+        return sign + "·".join([*factors, *([str(abs(number))] if abs(number) != 1 else [])])
+    if expr.is_Pow:
+        return f"{_operand(expr.base, symbols)}^{_operand(expr.exp, symbols)}"
+    name = type(expr).__name__
+    if name in _DIVISIONS:
+        return _DIVISIONS[name].join(_operand(arg, symbols) for arg in expr.args)
+    if expr.args:
+        return f"{name.lower()}({', '.join(_formula(arg, symbols) for arg in expr.args)})"
+    return str(expr)
+
+
+def _operand(expr: Any, symbols: dict[str, str]) -> str:
+    text = _formula(expr, symbols)
+    return text if text.isalnum() or (text.endswith(")") and text.startswith(("max(", "min("))) else f"({text})"
 
 
 def operator_name(node: fx.Node) -> str:
@@ -159,6 +204,10 @@ def _expression(node: fx.Node, names: Names) -> str:
         if call.replaced:
             text += "; " + ", ".join(f"input {p} read as %{names[n]}" for p, n in call.replaced.items())
         return text + ")"
+    if is_loop(node):
+        loop = LoopCall.of(node)
+        state, inputs = (_argument(nodes, names) for nodes in (loop.state, loop.inputs))
+        return f"repeat(body{names.loops.index(node)}, steps={loop.steps}, state={state}, inputs={inputs})"
     args = [_argument(a, names) for a in node.args]
     args += [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
     return f"{operator_name(node)}({', '.join(args)})"
@@ -192,9 +241,23 @@ def to_text(graph: JointGraph) -> str:
         where = f"{row.role} {row.block}".strip() if row.section != "inputs" else ""
         text = f"  {row.name:<{width}} {row.type:<{types}} {row.expression}"
         out.append(f"{text}    # {where}" if where else text)
+    for number, loop in enumerate(names.loops):
+        out.append(f"body{number}")
+        out += _body(loop, names)
     out.append("outputs")
     out += [f"  %{names[node]:<{width - 1}} {spec}" for spec, node in graph.outputs.items()]
     return "\n".join(line.rstrip() for line in out) + "\n"
+
+
+def _body(loop: fx.Node, names: Names) -> list[str]:
+    """The lines of a loop's body."""
+    body = LoopCall.of(loop).body
+    rows = []
+    for node in body.nodes:
+        own = info(node)
+        text = f"  %{names[node]} {names.type(value(node))} {_expression(node, names)}"
+        rows.append(f"{text}    # {own.role} {own.block}".rstrip())
+    return [*rows, f"  next state {_argument(body.results, names)}"]
 
 
 def count_operators(nodes: Iterable[fx.Node]) -> dict[str, int]:

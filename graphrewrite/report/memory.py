@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graphrewrite.analysis.liveness import Curve
 from graphrewrite.report.summary import SavedRow
@@ -23,6 +24,7 @@ class LayerValue:
         kind: As in `SavedRow`.
         codec: As in `SavedRow`.
         nbytes: Bytes in one layer.
+        lives: For each layer, the operators that compute it and read it last, counted in the order in which they run.
     """
 
     module: str
@@ -31,6 +33,7 @@ class LayerValue:
     kind: str
     codec: str
     nbytes: int
+    lives: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,24 @@ def by_layer(rows: Sequence[SavedRow], order: Sequence[str]) -> list[LayerGroup]
     layers: dict[str, list[LayerValue]] = {}
     for row in rows:
         if row.nbytes:
-            value = LayerValue(_below(row.module, row.block), row.operator, row.type, row.kind, row.codec, row.nbytes)
+            lives = ((row.born, row.dies),)
+            where = _below(row.module, row.block)
+            value = LayerValue(where, row.operator, row.type, row.kind, row.codec, row.nbytes, lives)
             layers.setdefault(row.block, []).append(value)
     groups: dict[tuple[LayerValue, ...], list[str]] = {}
     rank = {name: i for i, name in enumerate(order)}
     for name in sorted(layers, key=lambda n: rank.get(n, len(rank))):
         groups.setdefault(tuple(layers[name]), []).append(name)
-    return [LayerGroup(tuple(names), values) for values, names in groups.items()]
+    return [
+        LayerGroup(
+            tuple(names),
+            tuple(
+                dataclasses.replace(value, lives=tuple(layers[name][i].lives[0] for name in names))
+                for i, value in enumerate(values)
+            ),
+        )
+        for values, names in groups.items()
+    ]
 
 
 def _below(module: str, block: str) -> str:
@@ -75,6 +89,13 @@ def _below(module: str, block: str) -> str:
 def range_of(names: Sequence[str]) -> str:
     """`h.0, h.1, h.2` -> `h.0 .. h.2 (3 layers)`."""
     return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)} layers)"
+
+
+def lifetime(value: LayerValue) -> tuple[str, str]:
+    """When a value is born and dies: operator numbers, `3 .. 12` over the layers of a group."""
+    first, last = value.lives[0], value.lives[-1]
+    born, dies = (str(a) if a == b else f"{a} .. {b}" for a, b in zip(first, last, strict=True))
+    return born, dies
 
 
 def plot(curves: Sequence[Curve], *, width: int = 72, height: int = 8) -> tuple[list[str], list[int]]:

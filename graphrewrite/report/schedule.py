@@ -6,7 +6,7 @@ Time is counted in operators, one step each: nothing is run. Bytes are those of 
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 from torch import fx
 
 from graphrewrite.analysis.cost import flops
-from graphrewrite.analysis.liveness import Curve, backward_curve, forward_curve
+from graphrewrite.analysis.liveness import Curve, backward_curve, forward_curve, weight_curve
 from graphrewrite.graph.nodes import info, is_backward, is_getitem, nbytes, value
-from graphrewrite.graph.ordering import live_bytes
 from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.text import Names, operator_name
 from graphrewrite.report.svg import ticks
@@ -76,8 +75,8 @@ def timeline(part: Partition) -> list[Step]:
     """All operators in the order in which they run."""
     names = Names(part.graph)
     steps: list[Step] = []
-    for stage, nodes in part.order.items():
-        curve = _curve(part, stage, nodes)
+    for stage in part.order:
+        curve = _curve(part, stage)
         for node, live in zip(curve.nodes, curve.live, strict=True):
             if not is_getitem(node):
                 steps.append(Step(node, names[node], _phase(stage, node), live, flops(node)))
@@ -153,8 +152,14 @@ def to_trace(part: Partition, title: str) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"unit": "1 us = 1 operator, not measured"}}
 
 
-def to_svg(part: Partition, title: str) -> str:
-    """The timeline as a drawing: a lane per phase, and the live bytes below, light and dark."""
+def to_svg(part: Partition, title: str, marks: Mapping[str, int] | None = None) -> str:
+    """The timeline as a drawing: a lane per phase, and the live bytes below, light and dark.
+
+    Args:
+        part: What runs.
+        title: Read out by screen readers.
+        marks: Name -> bytes: lines across the curve, a measured peak for one.
+    """
     steps = timeline(part)
     found = segments(steps)
     used = [phase for phase in PHASES if any(one.phase == phase for one in found)]
@@ -169,7 +174,7 @@ def to_svg(part: Partition, title: str) -> str:
         y = 8 + lane * LANE
         parts.append(f'<text class="label" x="{LEFT - 8}" y="{y + 15}" text-anchor="end">{phase}</text>')
         parts += [_bar(one, y, scale, used) for one in found if one.phase == phase]
-    return "\n".join([*parts, *_bytes_chart(steps, 16 + LANE * len(used), scale), "</svg>\n"])
+    return "\n".join([*parts, *_bytes_chart(steps, 16 + LANE * len(used), scale, marks or {}), "</svg>\n"])
 
 
 def schedule_page(part: Partition, title: str) -> str:
@@ -201,12 +206,12 @@ def schedule_page(part: Partition, title: str) -> str:
     )
 
 
-def _curve(part: Partition, stage: str, nodes: list[fx.Node]) -> Curve:
+def _curve(part: Partition, stage: str) -> Curve:
     if stage == "forward":
         return forward_curve(part)
     if stage == "backward":
         return backward_curve(part)
-    return Curve(nodes, live_bytes(nodes, set()))
+    return weight_curve(part)
 
 
 def _phase(stage: str, node: fx.Node) -> str:
@@ -248,8 +253,9 @@ def _bar(one: Segment, y: int, scale: float, used: Sequence[str]) -> str:
     )
 
 
-def _bytes_chart(steps: Sequence[Step], top: int, scale: float) -> list[str]:
-    peak = max((step.live for step in steps), default=0) or 1
+def _bytes_chart(steps: Sequence[Step], top: int, scale: float, marks: Mapping[str, int]) -> list[str]:
+    peak = max([*(step.live for step in steps), *marks.values()], default=0) or 1
+    top_live = max((step.live for step in steps), default=0)
     bottom = top + CHART
 
     def y(live: float) -> float:
@@ -267,7 +273,12 @@ def _bytes_chart(steps: Sequence[Step], top: int, scale: float) -> list[str]:
     for number in ticks(0, len(steps), 8):
         x = LEFT + number * scale
         parts.append(f'<text class="label" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{number:g}</text>')
-    parts.append(f'<polygon points="{" ".join(points)}"><title>live bytes, peak {peak:,}</title></polygon>')
+    parts.append(f'<polygon points="{" ".join(points)}"><title>live bytes, peak {top_live:,}</title></polygon>')
+    for name, count in marks.items():
+        at = f"{y(count):.1f}"
+        parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        text = f"{escape(name)} {count:,} B"
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y(count) + 13:.1f}" text-anchor="end">{text}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{bottom + 32}" text-anchor="middle">operators</text>')
     return parts
@@ -285,6 +296,7 @@ def _style() -> str:
 .schedule text { font: 11px system-ui, sans-serif; fill: var(--text) }
 .schedule .label { fill: var(--soft) }
 .schedule line { stroke: var(--rule) }
+.schedule .mark { stroke: var(--text); stroke-dasharray: 5 3 }
 .schedule polygon { fill: var(--area); stroke: var(--soft); stroke-width: 1 }
 .schedule g rect { stroke: var(--back); stroke-width: .5 }
 .phase0 rect { fill: var(--p0) } .phase1 rect { fill: var(--p1) }

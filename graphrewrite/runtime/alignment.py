@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from graphrewrite.inputs import as_inputs, as_targets
 
@@ -59,11 +58,13 @@ def measure(compiled: CompiledModule, x: Any, y: Any) -> Alignment:
     """Both gradients on one batch. `.grad`, buffers, rule state and random generators are left as they were."""
     named = {n: p for n, p in compiled.module.named_parameters() if p.requires_grad}
     with _undisturbed(compiled):
-        rule = _grads(compiled.loss(x, y), named)
+        rule = compiled.gradients_of(compiled.loss(x, y), named)
     inputs, targets = as_inputs(x), as_targets(y)
     with _undisturbed(compiled):
         outputs = compiled.module(*inputs.args, **inputs.kwargs)
-        exact = _grads(compiled.task_loss(outputs, targets), named)
+        loss = compiled.task_loss(outputs, targets)
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        exact = dict(zip(named, found, strict=True))
     both = {n: (rule[n], exact[n]) for n in named if rule[n] is not None and exact[n] is not None}
     angles = {n: _angle([r], [e]) for n, (r, e) in both.items()}  # type: ignore[list-item]
     blocks = {
@@ -72,11 +73,6 @@ def measure(compiled: CompiledModule, x: Any, y: Any) -> Alignment:
         if any(n in both for n in names)
     }
     return Alignment(angles, blocks)
-
-
-def _grads(loss: torch.Tensor, named: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor | None]:
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return dict(zip(named, found, strict=True))
 
 
 def _angle(rule: list[torch.Tensor], exact: list[torch.Tensor]) -> Angle:

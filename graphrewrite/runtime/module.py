@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from graphrewrite.graph.nodes import (
     Loss,
     LossTerm,
     Param,
+    ParameterUpdate,
     State,
     StateUpdate,
     Tangent,
@@ -41,8 +42,10 @@ from graphrewrite.runtime.signature import Call, ModelWatch, flatten_call
 from graphrewrite.runtime.state import RuleState
 from graphrewrite.runtime.stateful import StatefulModule
 from graphrewrite.runtime.step_blocks import BeforeUpdate, Factory, Optimizer, Optimizers, step_blocks
+from graphrewrite.runtime.two_stage import WeightQueue
 from graphrewrite.runtime.unoptimized import UntrainedStateWatch
 from graphrewrite.runtime.views import LossModule, NoBackward
+from graphrewrite.runtime.zeroth_order import zo_step
 
 if TYPE_CHECKING:
     from graphrewrite.report.summary import Report
@@ -65,7 +68,7 @@ class CompiledModule(StatefulModule):
         super().__init__()
         self.module = model
         self.training = model.training
-        self._graphrewrite = RuleState()
+        self._graphrewrite = RuleState(model.training)
         self._options = options
         self._step = 0
         self._calls = 0
@@ -87,6 +90,8 @@ class CompiledModule(StatefulModule):
         self._captures: dict[str, int] = {}
         self._hooks: dict[str, int] = {}
         self._example: Inputs | None = None
+        self._settled: dict[str, int] = {}
+        self._weights = WeightQueue() if self._options.split_backward else None
 
     # --- calling ---------------------------------------------------------------------------------------------------
 
@@ -94,6 +99,7 @@ class CompiledModule(StatefulModule):
         """The model's own outputs. In training, their backward is the rule's."""
         self._warn_about_forward()
         if not self._records_gradient():
+            self.settle()
             return self.module(*args, **kwargs)
         blocked = [rule for rule in self._options.rules.rules[: self._rule_count()] if rule.needs_loss]
         if blocked:
@@ -118,7 +124,9 @@ class CompiledModule(StatefulModule):
         """
         inputs, targets = as_inputs(x), as_targets(y)
         trains = self._records_gradient()
-        if not trains and not self._has_local_objective():
+        if not trains:
+            self.settle()
+        if not trains and not self._has_local_objective() and not self._changes_forward():
             with torch.no_grad():
                 loss = self.task_loss(self.module(*inputs.args, **inputs.kwargs), targets)
             self.losses = {"task": loss}
@@ -163,6 +171,24 @@ class CompiledModule(StatefulModule):
         """
         return step_blocks(self, x, y, optimizers, greedy, before_update)
 
+    def zo_step(self, x: Any, y: Any, lr: float, weight_decay: float = 0.0) -> torch.Tensor:
+        """One step of `zeroth_order` that updates the parameters in place, at the memory of inference.
+
+        The update is that of `loss(x, y).backward()` and SGD with this learning rate, up to rounding: the same
+        directions, but no gradient is ever held. Biases and normalisation weights do not decay. In a distributed run
+        all ranks move along the same directions, by the mean of their losses.
+
+        Args:
+            x: As for `loss`.
+            y: As for `loss`.
+            lr: Learning rate.
+            weight_decay: Multiplies the weights with two dimensions or more, as in SGD.
+
+        Returns:
+            The mean of the losses that were compared.
+        """
+        return zo_step(self, x, y, lr, weight_decay)
+
     def block_optimizers(self) -> dict[str, Optimizer]:
         """The optimizers that `step_blocks` made of a function, by block: for schedulers and checkpoints."""
         return dict(self._block_optimizers[1]) if self._block_optimizers else {}
@@ -172,6 +198,7 @@ class CompiledModule(StatefulModule):
 
         No gradient is recorded. As everywhere in torch, call `eval()` first if dropout is to be off.
         """
+        self.settle()
         inputs = as_inputs(x)
         with torch.no_grad():
             if not self._changes_forward():
@@ -219,8 +246,9 @@ class CompiledModule(StatefulModule):
     def feedback_phase(self, x: Any = None, times: int = 1) -> None:
         """Let the rule's feedback weights learn, apart from the model: the mirror phase of `weight_mirror`.
 
-        Neither the model nor torch's random generators are touched. Rules with a schedule run the phase by
-        themselves at the start of a training call; this runs it at once.
+        Torch's random generators are not touched, and the model is not, but by `foton`, which orthonormalises its
+        weights in the phase. Rules with a schedule run it by themselves at the start of a training call; this runs it
+        at once.
 
         Args:
             x: Inputs as for `loss`; None: the sizes of the inputs that were captured last.
@@ -229,7 +257,7 @@ class CompiledModule(StatefulModule):
         if not any(rule.trains_feedback for rule in self._options.rules.rules):
             raise RuleError(
                 f"rule {self._options.rules} has no feedback phase",
-                remedy="weight_mirror has one; feedback weights of other rules are fixed or learn in the step",
+                remedy="weight_mirror and foton have one; other feedback weights are fixed or learn in the step",
             )
         if x is None and self._example is None:
             raise RuleError("nothing is captured yet", remedy="give feedback_phase the inputs of a batch")
@@ -240,14 +268,93 @@ class CompiledModule(StatefulModule):
                 results = self._run_forward(program, call)
                 self._step += 1
                 for spec, result in results.items():
-                    # steps that are waiting for their backward keep the feedback weights they were started with
-                    self._graphrewrite.rebind(spec.name, result)
+                    if isinstance(spec, ParameterUpdate):
+                        held, name = self._watch.slot(spec.name)
+                        held[name].copy_(result)
+                        self._settled[spec.name] = held[name]._version
+                    else:
+                        # steps that are waiting for their backward keep the feedback weights they were started with
+                        self._graphrewrite.rebind(spec.name, result)
 
     def _scheduled_feedback(self, inputs: Inputs) -> None:
         intervals = [rule.feedback_interval for rule in self._options.rules.rules if rule.feedback_interval]
-        if intervals and self._calls % min(intervals) == 0:
+        if intervals and self._calls % min(intervals) == 0 and not self._is_settled():
             self.feedback_phase(inputs)
         self._calls += 1
+
+    def _is_settled(self) -> bool:
+        """Whether a phase has written parameters, and nobody has changed one of them since."""
+        return bool(self._settled) and all(
+            held[name]._version == version
+            for held, name, version in ((*self._watch.slot(n), v) for n, v in self._settled.items())
+        )
+
+    def settle(self) -> None:
+        """What a rule does to parameters after the optimizer step, if there was one since the last call."""
+        if self._settled and not self._is_settled():
+            self.feedback_phase()
+
+    # --- the second stage of a split backward ------------------------------------------------------------------------
+
+    def backward_weight(self, n: int | None = None, concat: bool = False) -> None:
+        """Compute the weight gradients of the oldest pending micro-batches and add them into `.grad`.
+
+        Each `.backward()` of a module compiled with `split_backward=True` leaves one micro-batch. Call this before
+        gradients are clipped or unscaled, and before the optimizer steps.
+
+        Args:
+            n: How many micro-batches; None: all.
+            concat: Compute them as one: the weight gradient of a linear map is one larger product over the samples of
+                all of them, which changes the order of sums. The micro-batches reach `.grad` as one gradient.
+
+        Raises:
+            RuleError: Fewer are pending, or something that they read was changed in the meantime.
+        """
+        queue = self._second_stage("backward_weight")
+        queue.run(queue.oldest(n), concat)
+
+    def weight_task(self) -> Callable[[], None]:
+        """A function that computes the weight gradients of the newest pending micro-batch.
+
+        This is what `torch.distributed.pipelining.PipelineStage` takes as `dw_builder`.
+        """
+        queue = self._second_stage("weight_task")
+        if not queue.pending and not any(p.requires_grad for p in self.module.parameters()):
+            return lambda: None
+        return queue.take_newest()
+
+    def discard_pending(self) -> None:
+        """Give up the weight gradients of all pending micro-batches."""
+        self._second_stage("discard_pending").discard()
+
+    def gradients_of(
+        self, loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, torch.Tensor | None]:
+        """Gradients of a loss by name, like `torch.autograd.grad`, through both stages of a split backward."""
+        wanted = list(parameters.values())
+        if self._weights is None:
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            return dict(zip(parameters, found, strict=True))
+        before = [p.grad for p in wanted]
+        for p in wanted:
+            p.grad = None
+        try:
+            torch.autograd.backward(loss, inputs=[*wanted, self._weights.anchor])
+            self._weights.take_newest()()
+            return {name: p.grad for name, p in parameters.items()}
+        finally:
+            for p, grad in zip(wanted, before, strict=True):
+                p.grad = grad
+
+    @property
+    def pending(self) -> int:
+        """How many micro-batches wait for `backward_weight()`."""
+        return 0 if self._weights is None else len(self._weights.pending)
+
+    def _second_stage(self, what: str) -> WeightQueue:
+        if self._weights is None:
+            raise RuleError(f"{what}() belongs to a backward in two stages", remedy="compile with split_backward=True")
+        return self._weights
 
     # --- programs --------------------------------------------------------------------------------------------------
 
@@ -354,7 +461,7 @@ class CompiledModule(StatefulModule):
             if compiled is not None and isinstance(spec, StateUpdate):
                 compiled._update_state(spec.name, result)
 
-        values = program(self._fetch(program, call), on_backward)
+        values = program(self._fetch(program, call), on_backward, self._weights)
         if program.uses_counter:
             self._step += 1
         return {spec: values[i] for spec, i in program.partition.forward_outputs.items()}
@@ -403,6 +510,16 @@ class CompiledModule(StatefulModule):
                 held, name = self._watch.slot(spec.name)
                 values.append(held[name])
         return [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in values]
+
+    def run_forward(self, kind: Kind, inputs: Inputs) -> dict[Any, Any]:
+        """Run a program without targets and without a backward; its results by output specification."""
+        program, call = self._program(kind, inputs, None)
+        return self._run_forward(program, call)
+
+    @property
+    def rules(self) -> str:
+        """Text form of the rule, or of the map of rules."""
+        return str(self._options.rules)
 
     # --- training through compiled(x) where the rule cannot ----------------------------------------------------------
 
@@ -470,16 +587,12 @@ class CompiledModule(StatefulModule):
         """The user's loss on outputs of the model."""
         return self._options.loss(outputs, targets)
 
-    def train(self, mode: bool = True) -> CompiledModule:
-        """Set the mode of the model; rule state has none."""
-        super().train(mode)
-        return self
-
     # --- copying ---------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example"):
+        derived_names = ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example")
+        for derived in (*derived_names, "_settled", "_weights"):
             state.pop(derived, None)
         state["losses"] = dict(self.losses)
         state["_block_optimizers"] = None

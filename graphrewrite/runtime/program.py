@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,21 @@ from graphrewrite._compat import release_saved
 from graphrewrite.backends import Run
 from graphrewrite.capture import Captured
 from graphrewrite.errors import RuleError
+from graphrewrite.graph.aliasing import base_of, owns_no_memory
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
     Counter,
     Grad,
     InputSpec,
+    OutputSpec,
     StateUpdate,
     Tangent,
     info,
 )
 from graphrewrite.graph.partition import Partition
 from graphrewrite.pipeline import PassRecord
+from graphrewrite.runtime.concat import ConcatPlan
+from graphrewrite.runtime.two_stage import MicroBatch, WeightQueue
 
 if TYPE_CHECKING:
     from graphrewrite.runtime.step_blocks import StepPlan
@@ -53,6 +57,8 @@ class Program:
     history: list[PassRecord]
     guard_text: list[str]
     guards: Callable[[Sequence[Any], Sequence[Any]], bool]
+    backward_weight: Run | None = None
+    """Callable for the weight stage of a split backward."""
     differentiable: list[InputSpec] = field(init=False)
     """Inputs that get a gradient, in the order in which the autograd function takes them."""
     positions: dict[InputSpec, int] = field(init=False)
@@ -74,27 +80,69 @@ class Program:
         self._other_saved = [i for i, s in enumerate(part.saved) if s.carried or not _is_tensor(s.node)]
         self._clone = [i for i, s in enumerate(part.saved) if s.copied]
         self.has_carried = len(kept) != len(part.saved)
-        self._depends = _tangent_dependence(part)
-        self.updates_rule_state = any(isinstance(s, StateUpdate) for s in (*outputs, *part.backward_outputs))
+        self._depends = _tangent_dependence(part, part.backward_outputs)
+        specs = part.backward_weight_outputs
+        self._weight_depends = dict(zip(specs, _tangent_dependence(part, specs), strict=True))
+        self._concat: ConcatPlan | None = None
+        self._copied = _sharing_memory(part)
+        self.updates_rule_state = any(
+            isinstance(s, StateUpdate) for s in (*outputs, *part.backward_outputs, *part.backward_weight_outputs)
+        )
         self.uses_counter = Counter() in self.positions
 
-    def __call__(self, fetch: Callable[[InputSpec], Any], on_backward: Callable[[Any, Any], None]) -> list[Any]:
+    def __call__(
+        self,
+        fetch: Callable[[InputSpec], Any],
+        on_backward: Callable[[Any, Any], None],
+        queue: WeightQueue | None = None,
+    ) -> list[Any]:
         """Run the forward stage, recording the backward for autograd.
 
         Args:
             fetch: Value of an input.
             on_backward: Called in the backward with the specification and value of results that are no gradients.
+            queue: Where a split backward leaves its second stage.
 
         Returns:
             The results of the forward; `partition.forward_outputs` says which is what.
         """
         values = [fetch(spec) for spec in self.partition.forward_inputs]
-        if not self.differentiable:
+        leaves = [(s, fetch(s.of)) for s in self.partition.backward_weight_outputs if isinstance(s, Grad)]
+        if not self.differentiable and not leaves:
             return list(self.run_forward(values))
         tensors = [
             values[p] if p >= 0 else fetch(spec) for p, spec in zip(self._diff_slots, self.differentiable, strict=True)
         ]
-        return list(_Apply.apply(self, values, on_backward, *tensors))  # type: ignore[no-untyped-call]
+        if queue is not None:
+            tensors.append(queue.anchor)
+        second = None if queue is None else (queue, leaves)
+        return list(_Apply.apply(self, values, on_backward, second, *tensors))  # type: ignore[no-untyped-call]
+
+    def run_weight(self, one: MicroBatch) -> list[tuple[OutputSpec, Any]]:
+        """The weight stage of one micro-batch.
+
+        Returns:
+            What it computes: gradients, and state that the rule updates with them.
+        """
+        specs = self.partition.backward_weight_outputs
+        if self.backward_weight is None:
+            return []
+        with torch.no_grad():
+            results = self.execute(self.backward_weight, list(one.values))
+        return [
+            (spec, None if self.unread(spec, one.missing) else result)
+            for spec, result in zip(specs, results, strict=True)
+        ]
+
+    def unread(self, spec: OutputSpec, missing: frozenset[int]) -> bool:
+        """Whether all cotangents that a result of the weight stage depends on are missing: it is None, then."""
+        return _unused(missing, self._weight_depends[spec])
+
+    def concat_plan(self) -> ConcatPlan | None:
+        """How the weight stage runs for several micro-batches at once; None if there is no such stage."""
+        if self._concat is None and self.backward_weight is not None:
+            self._concat = ConcatPlan(self.partition)
+        return self._concat
 
     def check_labels(self, targets: Sequence[Any]) -> None:
         """Class indices that do not exist are an error here where looking costs nothing; a GPU asserts by itself.
@@ -140,7 +188,9 @@ class _Apply(torch.autograd.Function):
     """Glue between a program and autograd: gradients reach `.grad` the way every tool of torch expects."""
 
     @staticmethod
-    def forward(ctx: Any, program: Program, values: list[Any], on_backward: Any, *tensors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, program: Program, values: list[Any], on_backward: Any, second: Any, *tensors: torch.Tensor
+    ) -> Any:
         part = program.partition
         # autograd must see the tensors it was handed, not another reference to the same parameter
         results = program.execute(program.forward, values)
@@ -151,7 +201,7 @@ class _Apply(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[saved[i] for i in program._tensor_saved])
         ctx.others = [saved[i] for i in program._other_saved]
-        ctx.program, ctx.on_backward = program, on_backward
+        ctx.program, ctx.on_backward, ctx.second = program, on_backward, second
         ctx.shapes = [
             (o.shape, o.dtype, o.device) if program.tangent_slots[i] >= 0 else None for i, o in enumerate(outputs)
         ]
@@ -189,16 +239,34 @@ class _Apply(torch.autograd.Function):
                 given = torch.zeros(shape, dtype=dtype, device=device)
                 missing.add(slot)
             tangents[slot] = given
-        values += tangents
-        results = program.execute(program.backward, values)
+        part = program.partition
+        held = [values[h.saved] for h in part.held if h.saved >= 0]
+        values = values[: part.read_by_backward] + tangents
+        del tangents
+        results = list(program.execute(program.backward, values))
+        count = len(part.backward_outputs)
+        held += results[count:]
         grads: list[Any] = []
-        for spec, result, depends in zip(program.partition.backward_outputs, results, program._depends, strict=True):
+        for i, (spec, depends) in enumerate(zip(part.backward_outputs, program._depends, strict=True)):
             if not isinstance(spec, Grad):
-                ctx.on_backward(spec, result)
-            else:
+                ctx.on_backward(spec, results[i])
+            elif _unused(missing, depends):
                 # what no used output depends on gets None, as in eager mode
-                grads.append(None if missing and depends and depends <= missing else result)
-        return (None, None, None, *grads)
+                grads.append(None)
+            else:
+                grads.append(results[i].clone() if i in program._copied else results[i])
+        if ctx.second is None:
+            return (None, None, None, None, *grads)
+        queue, leaves = ctx.second
+        if queue.trains:
+            held = [v.detach() if isinstance(v, torch.Tensor) else v for v in held]
+            queue.add(MicroBatch(program, held, leaves, frozenset(missing), ctx.on_backward))
+        return (None, None, None, None, *grads, None)
+
+
+def _unused(missing: Collection[int], depends: frozenset[int]) -> bool:
+    """Whether all cotangents that a result depends on are missing."""
+    return bool(missing) and bool(depends) and depends.issubset(missing)
 
 
 def _interleave(program: Program, tensors: Sequence[Any], others: Sequence[Any]) -> list[Any]:
@@ -214,8 +282,19 @@ def _is_tensor(node: Any) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _tangent_dependence(part: Partition) -> list[frozenset[int]]:
-    """For each backward result: which tangents it depends on."""
+def _sharing_memory(part: Partition) -> frozenset[int]:
+    """Gradients of the first stage that are views of memory which the weight stage will read.
+
+    Autograd keeps a gradient that it is handed, and adds later ones into it in place.
+    """
+    held = {base_of(h.node) for h in part.held}
+    outputs = part.graph.outputs
+    results = [outputs[spec] for spec in part.backward_outputs]
+    return frozenset(i for i, node in enumerate(results) if base_of(node) in held and owns_no_memory(node))
+
+
+def _tangent_dependence(part: Partition, specs: Sequence[OutputSpec]) -> list[frozenset[int]]:
+    """For each result: which tangents it depends on."""
     numbers = {tangent: i for i, tangent in enumerate(part.tangents)}
     depends: dict[Any, frozenset[int]] = {}
     for node in part.graph.nodes:
@@ -225,4 +304,4 @@ def _tangent_dependence(part: Partition) -> list[frozenset[int]]:
         elif node.op != "output":
             depends[node] = frozenset().union(*(depends[s] for s in node.all_input_nodes))
     results = part.graph.outputs
-    return [depends[results[spec]] for spec in part.backward_outputs]
+    return [depends[results[spec]] for spec in specs]

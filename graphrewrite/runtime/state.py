@@ -15,9 +15,9 @@ from graphrewrite.graph.core import StateInit
 class RuleState(nn.Module):
     """A tree of modules whose parameters and buffers are rule state, by dotted name."""
 
-    def __init__(self) -> None:
+    def __init__(self, training: bool = True) -> None:
         super().__init__()
-        self.training = False
+        self.training = training
 
     def create(self, inits: Mapping[str, StateInit], seed: int) -> list[str]:
         """Create what does not exist yet; each piece draws from a generator of its own, seeded by its name.
@@ -50,7 +50,7 @@ class RuleState(nn.Module):
         *path, leaf = name.split(".")
         for part in path:
             if part not in owner._modules:
-                owner.add_module(part, RuleState())
+                owner.add_module(part, RuleState(self.training))
             owner = owner._modules[part]  # type: ignore[assignment]
         if init.trainable:
             owner.register_parameter(leaf, nn.Parameter(tensor))

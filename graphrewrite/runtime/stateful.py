@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 _STATE_PREFIX = "_graphrewrite."
 _MODULE_PREFIX = "module."
-_COUNTER = "_extra_state"
+_EXTRA = "_extra_state"
+_COUNTER = _STATE_PREFIX + _EXTRA
+"""Our own extra state; under its plain name stands that of the user's model, if it has one."""
 
 
 class StatefulModule(nn.Module):
@@ -30,6 +32,9 @@ class StatefulModule(nn.Module):
     _latest: dict[str, Program]
     _step: int
     _calls: int
+
+    def settle(self) -> None:
+        """Do to parameters what the rule does after an optimizer step, if there was one."""
 
     @property
     def captured(self) -> bool:
@@ -102,17 +107,18 @@ class StatefulModule(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's entries under their own names, plus `_graphrewrite.<rule>.<name>`."""
         self._require_state("state_dict()")
+        self.settle()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this module, or of the bare model (then the present rule state is kept)."""
         own = dict(state_dict)
+        if _is_counter(self, own.get(_EXTRA)):
+            own[_COUNTER] = own.pop(_EXTRA)
         if not any(key.startswith(_STATE_PREFIX) for key in own):
             # the state of a bare model: the present rule state and counter stay
             kept = self.state_dict().items()
-            own.update(
-                {key: held for key, held in kept if key.startswith((_STATE_PREFIX, _COUNTER)) and key not in own}
-            )
+            own.update({key: held for key, held in kept if key.startswith(_STATE_PREFIX) and key not in own})
         return super().load_state_dict(own, strict=strict, assign=assign)
 
     def get_extra_state(self) -> dict[str, int]:
@@ -139,13 +145,25 @@ def _own_name(name: str, prefix: str) -> str:
     return start + rest.removeprefix(_MODULE_PREFIX)
 
 
+def _is_counter(module: StatefulModule, held: Any) -> bool:
+    """Whether what stands under the plain name is the counter: earlier versions wrote it there."""
+    models = type(module.module).get_extra_state is not nn.Module.get_extra_state
+    return isinstance(held, dict) and "step" in held and not models
+
+
 def _strip_module_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    if prefix + _EXTRA in state:
+        state[prefix + _COUNTER] = state.pop(prefix + _EXTRA)
     for key in [k for k in state if k.startswith(prefix + _MODULE_PREFIX)]:
         state[prefix + key[len(prefix + _MODULE_PREFIX) :]] = state.pop(key)
 
 
-def _add_module_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_args: Any) -> None:
+def _add_module_prefix(module: StatefulModule, state: dict[str, Any], prefix: str, *_args: Any) -> None:
+    earlier = state.pop(prefix + _EXTRA) if _is_counter(module, state.get(prefix + _EXTRA)) else None
     for key in [k for k in state if k.startswith(prefix)]:
         rest = key[len(prefix) :]
-        if not rest.startswith((_STATE_PREFIX, _COUNTER)):
+        if not rest.startswith(_STATE_PREFIX):
             state[prefix + _MODULE_PREFIX + rest] = state.pop(key)
+    counter = state.pop(prefix + _COUNTER, earlier)
+    if counter is not None:
+        state[prefix + _EXTRA] = counter

@@ -56,6 +56,11 @@ def names() -> list[str]:
     return list(_FACTORIES)
 
 
+def factory(name: str) -> Callable[[], Case]:
+    """What makes a case; its docstring says what the model is."""
+    return _FACTORIES[name]
+
+
 def make(name: str, seed: int = 0) -> Case:
     """A fresh case; the same seed gives the same weights."""
     with torch.random.fork_rng(), _quiet():

@@ -38,7 +38,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     per_byte = 8 // bits
     if per_byte == 1:
         return flat
-    rows = pad_end(flat, per_byte).view(per_byte, -1)
+    size = packed_size(flat.shape[0], bits)
+    rows = lengthened(flat, size * per_byte).view(per_byte, size)
     packed = rows[0]
     for i in range(1, per_byte):
         packed = packed | (rows[i] << (i * bits))
@@ -73,6 +74,16 @@ def _planes(bits: int) -> list[tuple[int, int]]:
             planes.append((width, shift))
             shift += width
     return planes
+
+
+def lengthened(rows: torch.Tensor, size: Any) -> torch.Tensor:
+    """Codes or rows with zeros behind them: `size` in the first dimension.
+
+    Written so that no size that may change is compared with another: whether there are zeros to add is no guard.
+    """
+    if isinstance(size, int) and size == rows.shape[0]:
+        return rows
+    return torch.slice_scatter(rows.new_zeros(size, *rows.shape[1:]), rows, 0, 0, rows.shape[0])
 
 
 def pad_end(flat: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -249,7 +249,7 @@ def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass]
     """What `compile(compress=, memory_budget=)` accepts: passes at operators, and the pass of the codecs.
 
     Some entries of the codec registry are passes (an approximate derivative stores other residuals from the start).
-    Under a module glob, such a pass gets the glob as its `only`.
+    Under a module glob, such a pass gets the glob as its `only`, and the globs before it, which win, as its `skip`.
     """
     if memory_budget is not None:
         from graphrewrite.passes.compression.plan_memory import PlanMemory, check_budget
@@ -273,7 +273,7 @@ def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass]
         for one in held if isinstance(held, (list, tuple)) else [held]:
             built = textform.build("codec", one)
             if isinstance(built, Pass):
-                passes.append(built if glob == "*" else _restricted(built, glob))
+                passes.append(_restricted(built, glob, tuple(given)[: list(given).index(glob)]))
             else:
                 codecs.append(build_codec(built))
         if codecs:
@@ -281,7 +281,10 @@ def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass]
     return passes, CompressSaved(tuple(entries)) if entries else None
 
 
-def _restricted(one: Pass, glob: str) -> Pass:
+def _restricted(one: Pass, glob: str, earlier: tuple[str, ...]) -> Pass:
+    if glob == "*" and not earlier:
+        return one
     if not hasattr(one, "only"):
         raise RuleError(f"{one} works on the whole model", remedy=f"give it outside of the map, not under {glob!r}")
-    return replace(one, only=(glob,))  # type: ignore[call-arg]
+    only = one.only if glob == "*" else (glob,)
+    return replace(one, only=only, skip=(*one.skip, *earlier))  # type: ignore[call-arg,attr-defined]

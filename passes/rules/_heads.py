@@ -96,6 +96,10 @@ class Head:
         """A scalar, the mean over the batch; default: the compile's loss."""
         return teacher.task(outputs)
 
+    def answer(self, outputs: Any) -> Any:
+        """The answer of the model's kind within what `forward` returns; None if there is none."""
+        return outputs if self.answers else None
+
 
 Share = Literal["none", "heads", "unembedding"]
 
@@ -225,19 +229,47 @@ class HeadRule(Rule):
 
         graph.teach(block, local_loss, [*inputs, *targets], module=f"head.{block}")
 
+    def _placed(self, graph: JointGraph, head: Head) -> list[tuple[str, _Placed]]:
+        """The heads in a forward graph, with the blocks they read."""
+        answer = answer_of_forward(graph)
+        hidden = hidden_blocks_of(graph, answer)
+        return [
+            (block.name, self._place(graph, head, name, boundary, answer.node, hidden))
+            for block in hidden
+            for boundaries in [graph.boundaries(block.name)]
+            for name, boundary in zip(names_of(boundaries), boundaries, strict=True)
+        ]
+
+    def block_answers(self, graph: JointGraph) -> dict[str, fx.Node]:
+        """What the heads answer, summed over the boundaries of a block, and the model's own output."""
+        head, last = self.make_head(), answer_of_forward(graph)
+        by_block: dict[str, list[_Placed]] = {}
+        for block, one in self._placed(graph, head):
+            by_block.setdefault(block, []).append(one)
+        found = {}
+        for block, placed in by_block.items():
+
+            def total(*values: torch.Tensor, placed: Sequence[_Placed] = placed) -> torch.Tensor:
+                given = iter(values)
+                answers = [head.answer(one.run(head, given)) for one in placed]
+                if answers[0] is None:
+                    raise RuleError(
+                        f"head {type(head).__name__} gives no answer of the model's kind",
+                        remedy="use a head that predicts: pred, predsim, dgl, aug_local",
+                    )
+                return torch.stack(answers).sum(0)
+
+            like = NodeInfo(role=Role.FORWARD, block=block, module=f"head.{block}")
+            found[block] = graph.splice(total, [n for one in placed for n in one.nodes], like=like)
+        return {**found, last.block: last.node}
+
     def rewrite_forward(self, graph: JointGraph) -> None:
         """Add the answers of all heads to that of the last block."""
         if self.predict != "sum":
             return
         head, answer = self.make_head(), answer_of_forward(graph)
         self._require_answers(head)
-        hidden = hidden_blocks_of(graph, answer)
-        placed = [
-            self._place(graph, head, name, boundary, answer.node, hidden)
-            for block in hidden
-            for boundaries in [graph.boundaries(block.name)]
-            for name, boundary in zip(names_of(boundaries), boundaries, strict=True)
-        ]
+        placed = [one for _, one in self._placed(graph, head)]
 
         def total(answer: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
             given = iter(values)

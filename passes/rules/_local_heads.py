@@ -131,6 +131,10 @@ class PredSim(Pred):
         answer, rows = outputs
         return (1 - self.beta) * teacher.task(answer) + self.beta * similarity_loss(rows, *teacher.codes())
 
+    def answer(self, outputs: Any) -> Any:
+        """The prediction."""
+        return outputs[0]
+
 
 @dataclass(frozen=True)
 class Dgl(Head):

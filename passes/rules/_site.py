@@ -233,7 +233,7 @@ class Teacher:
             self._misfit(_shape(answer))
         assert self.context.loss is not None
         assert self.context.outputs is not None
-        return self.context.loss(self.context.outputs(_OneAnswer(answer)), self.targets)
+        return self.context.loss(self.context.outputs(OneAnswer(answer)), self.targets)
 
     def _misfit(self, got: str) -> None:
         raise RuleError(
@@ -271,7 +271,7 @@ class Teacher:
         return table[torch.where(counted, y, 0)] * weight.unsqueeze(1), weight
 
 
-class _OneAnswer(Sequence[Any]):
+class OneAnswer(Sequence[Any]):
     """The model's outputs, of which a head gives only the one that the loss reads."""
 
     def __init__(self, answer: torch.Tensor) -> None:

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import LOSS_BLOCK, Loss, LossTerm, NodeInfo, Role, fix, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, Loss, LossTerm, NodeInfo, Role, fix, info, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
@@ -322,6 +322,20 @@ class ForwardForward(Rule):
         graph.set_outputs({spec: copies.get(node, node) for spec, node in graph.outputs.items()})
         graph.model_outputs = [copies.get(node, node) for node in graph.model_outputs]
         graph.sort()
+
+    def block_answers(self, graph: JointGraph) -> dict[str, fx.Node]:
+        """The goodness of every label, of each hidden block."""
+        if self._hybrid:
+            return {}
+        x, classes = float_input(graph), class_count(graph, self.num_classes)
+        hidden = [b.name for b in hidden_blocks(graph)]
+        inputs = self._one_input_each(graph, x, x, range(classes), lambda x, k: _every(x, k), classes, "read")
+        raw = self._normalise(graph, hidden)
+        passes = run_passes(graph, x, inputs, "read")
+        return {
+            block: self._total_goodness(graph, passes, [n for n in raw if info(n).block == block], classes)
+            for block in hidden
+        }
 
     @staticmethod
     def _total_goodness(

@@ -258,19 +258,32 @@ class ForwardGNN(Rule):
         y = self._labels(graph)
         like = NodeInfo(role=Role.FORWARD, block=LOSS_BLOCK, module="readout", copy="read")
         if self.method == "single":
-            copies = self._pass(graph, y, classes, layers, "read")
-
-            def total(x: torch.Tensor, *outputs: torch.Tensor) -> torch.Tensor:
-                scores = [self._products(h, x.shape[0], classes).softmax(1) for h in outputs]
-                return torch.stack(scores).sum(0)
-
-            answer = graph.splice(total, [x, *(copies[layer] for layer in layers)], like=like)
+            answers = self._answers_of_layers(graph, y, layers, classes)
+            answer = graph.splice(lambda *scores: torch.stack(scores).sum(0), answers, like=like)
         else:
             answer = self._goodness_of_classes(graph, x, y, layers, classes, like)
         first = graph.model_outputs[0]
         graph.set_outputs({spec: answer if node is first else node for spec, node in graph.outputs.items()})
         graph.model_outputs = [answer if node is first else node for node in graph.model_outputs]
         graph.sort()
+
+    def block_answers(self, graph: JointGraph) -> dict[str, fx.Node]:
+        """For the method without negatives: the softmax over a layer's products with the virtual nodes."""
+        if self.method != "single":
+            return {}
+        layers = _layers(graph)
+        answers = self._answers_of_layers(graph, self._labels(graph), layers, class_count(graph, self.num_classes))
+        return dict(zip((info(layer).block for layer in layers), answers, strict=True))
+
+    def _answers_of_layers(
+        self, graph: JointGraph, y: fx.Node, layers: Sequence[fx.Node], classes: int
+    ) -> list[fx.Node]:
+        copies, x = self._pass(graph, y, classes, layers, "read"), float_input(graph)
+
+        def scores(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+            return self._products(h, x.shape[0], classes).softmax(1)
+
+        return [graph.splice(scores, [x, copies[layer]], like=info(copies[layer])) for layer in layers]
 
     def _goodness_of_classes(
         self, graph: JointGraph, x: fx.Node, y: fx.Node, layers: Sequence[fx.Node], classes: int, like: NodeInfo

@@ -3,4 +3,5 @@
 REGISTRY = {
     "early_local_backward": "graphrewrite.passes.schedule.early_local_backward:EarlyLocalBackward",
     "recompute_regions": "graphrewrite.passes.schedule.recompute_regions:RecomputeRegions",
+    "split_backward": "graphrewrite.passes.schedule.split_backward:SplitBackward",
 }

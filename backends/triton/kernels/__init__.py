@@ -1,0 +1,1 @@
+"""Triton code. Importing a module of this folder imports triton; only a launch does."""

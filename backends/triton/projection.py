@@ -1,0 +1,80 @@
+"""Products with a random matrix that never exists in memory: `x @ B`, B a function of (seed, step, rank, stream).
+
+It is the projection of direct feedback alignment, and with `x` transposed the sketch `S^T X` of the randomised linear
+weight gradient. B has the dtype of x; sums are taken in float32. Element (i, j) of B is number `i * features + j` of
+its stream of `graphrewrite.random`, so that every device, and the reference, use the same matrix:
+
+* `"uniform"`: scale * U[-1, 1);
+* `"signs"`: -scale or scale;
+* `"normal"`: scale * N(0, 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from graphrewrite.backends.triton.support import interpreting, operator, unfit
+
+from graphrewrite import random
+from graphrewrite.errors import RuleError
+
+DISTRIBUTIONS = ("uniform", "signs", "normal")
+
+
+def matrix(
+    counter: torch.Tensor, stream: int, inner: Any, features: Any, distribution: str, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """The matrix itself, for those who want to look at it."""
+    size = [inner, features]
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    if distribution == "uniform":
+        drawn = 2 * random.uniform(counter, stream, size, work) - 1
+    elif distribution == "signs":
+        drawn = random.signs(counter, stream, size, work)
+    elif distribution == "normal":
+        drawn = random.normal(counter, stream, size, work)
+    else:
+        raise RuleError(f"distribution={distribution!r} is unknown", remedy=f"use one of {', '.join(DISTRIBUTIONS)}")
+    return (drawn * scale).to(dtype)
+
+
+def _reference(
+    x: torch.Tensor, counter: torch.Tensor, stream: int, features: Any, distribution: str, scale: float
+) -> torch.Tensor:
+    found = matrix(counter, stream, x.shape[-1], features, distribution, scale, x.dtype)
+    return (x @ found).contiguous()
+
+
+def _launch(
+    x: torch.Tensor, counter: torch.Tensor, stream: int, features: Any, distribution: str, scale: float
+) -> torch.Tensor:
+    from graphrewrite.backends.triton.kernels import projection
+
+    rows = x.reshape(-1, x.shape[-1])
+    count, inner = rows.shape
+    out = torch.empty(*x.shape[:-1], features, dtype=x.dtype, device=x.device)
+    projection.project[lambda meta: (-(-count // meta["ROWS"]), -(-features // meta["COLUMNS"]))](
+        rows, counter, out, rows.stride(0), rows.stride(1), count, inner, features, stream, scale,
+        DISTRIBUTION=distribution, ALIGNED=features % 4 == 0, WIDE=interpreting(),
+    )  # fmt: skip
+    return out
+
+
+def _why_not(
+    x: torch.Tensor, counter: torch.Tensor, stream: int, features: Any, distribution: str, scale: float
+) -> str:
+    if distribution not in DISTRIBUTIONS:
+        return f"distribution {distribution!r} is not one of {', '.join(DISTRIBUTIONS)}"
+    if isinstance(features, int) and features == 0:
+        return "the result is empty"
+    return unfit(x)
+
+
+random_projection = operator(
+    "random_projection(Tensor x, Tensor counter, int stream, SymInt features, str distribution, float scale) -> Tensor",
+    reference=_reference,
+    launch=_launch,
+    fake=lambda x, counter, stream, features, distribution, scale: x.new_empty([*x.shape[:-1], features]),
+    why_not=_why_not,
+)

@@ -1,0 +1,188 @@
+"""Zeroth-order steps in place: perturb the weights, look at the loss, put them back, move them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from graphrewrite import random
+from graphrewrite.errors import RuleError
+from graphrewrite.graph.nodes import Param
+from graphrewrite.inputs import as_inputs, as_targets
+
+if TYPE_CHECKING:
+    from graphrewrite.runtime.module import CompiledModule
+    from graphrewrite.runtime.program import Program
+
+
+class Directions(Protocol):
+    """What a rule must tell for its steps to be taken in place."""
+
+    count: int
+    kind: str
+    scale: float
+    distribution: str
+    shared: bool
+    in_place: bool
+
+    def streams(self, names: Sequence[str]) -> list[int]:
+        """The random stream of each parameter."""
+
+
+def zo_step(compiled: CompiledModule, x: Any, y: Any, lr: float, weight_decay: float) -> torch.Tensor:
+    """See `CompiledModule.zo_step`."""
+    inputs, targets = as_inputs(x), as_targets(y)
+    with torch.enable_grad():
+        program, _ = compiled._program("loss", inputs, targets)
+    rule = _rule_of(compiled, program)
+    specs = [spec for spec in program.operator.inputs if isinstance(spec, Param) and spec in program.differentiable]
+    parameters = dict(compiled.module.named_parameters())
+    weights = [parameters[spec.name] for spec in specs]
+    _warn_about_halves(compiled, weights)
+    walk = _Walk(weights, rule.streams([str(spec) for spec in specs]), _counter(compiled, rule), rule)
+
+    def loss() -> torch.Tensor:
+        found = compiled.task_loss(compiled.module(*inputs.args, **inputs.kwargs), targets).detach()
+        return _mean_over_ranks(found)
+
+    with torch.no_grad(), _alike(compiled.module) as again:
+        slopes, seen = _slopes(walk, rule, again(loss))
+        for weight in weights:
+            if weight_decay and weight.dim() > 1:
+                weight.mul_(1 - lr * weight_decay)
+        for number, slope in enumerate(slopes):
+            walk.move(number, -lr * slope / len(slopes))
+    compiled._step += 1
+    mean = torch.stack(seen).mean()
+    compiled.losses = {"task": mean}
+    return mean
+
+
+def _slopes(walk: _Walk, rule: Directions, loss: Callable[[], torch.Tensor]) -> tuple[list[float], list[torch.Tensor]]:
+    """The difference of losses along each direction, and all losses; the weights end up where they were."""
+    eps, slopes, seen = rule.scale, [], []
+    base = loss() if rule.kind == "forward" else None
+    if base is not None:
+        seen.append(base)
+    for number in range(rule.count):
+        walk.move(number, eps)
+        above = loss()
+        if rule.kind == "central":
+            walk.move(number, -2 * eps)
+            below = loss()
+            walk.move(number, eps)
+            slope = (above.double() - below.double()) / (2 * eps)
+            seen += [above, below]
+        else:
+            walk.move(number, -eps)
+            slope = (above.double() - (0.0 if base is None else base.double())) / eps
+            seen.append(above)
+        slopes.append(slope.item())
+    return slopes, seen
+
+
+class _Walk:
+    """Moves weights along random directions that are drawn a piece at a time and never held."""
+
+    def __init__(
+        self, weights: Sequence[nn.Parameter], streams: Sequence[int], counter: torch.Tensor, rule: Directions
+    ) -> None:
+        self._weights = list(zip(weights, streams, strict=True))
+        self._counter = counter
+        self._distribution = rule.distribution
+
+    def move(self, number: int, by: float) -> None:
+        """Add `by` times direction `number`."""
+        for weight, stream in self._weights:
+            # a weight whose elements do not lie one after the other has no flat view: its numbers are dealt by index
+            flat = weight.data.view(-1) if weight.is_contiguous() else None
+            count = weight.numel()
+            pieces = random.in_chunks(self._counter, stream, count, number, self._distribution)
+            if flat is None:
+                whole = torch.cat([numbers for _, numbers in pieces]).to(weight.dtype)
+                weight.data.add_(whole.reshape(weight.shape), alpha=by)
+                continue
+            for start, numbers in pieces:
+                flat[start : start + numbers.numel()].add_(numbers.to(weight.dtype), alpha=by)
+
+
+@contextlib.contextmanager
+def _alike(module: nn.Module) -> Iterator[Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]]:
+    """Let several passes draw the same random numbers; buffers are updated by the first one only."""
+    buffers = [b for b in module.buffers() if b is not None]
+    after: list[torch.Tensor] = []
+    devices = sorted({t.get_device() for t in (*module.parameters(), *buffers) if t.is_cuda})
+    before = (torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices])
+    ended: list[Any] = []
+
+    def again(loss: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            if ended:
+                _restore(before, devices)
+            found = loss()
+            if not ended:
+                ended.append((torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]))
+                after.extend(b.clone() for b in buffers)
+            return found
+
+        return run
+
+    yield again
+    if ended:
+        _restore(ended[0], devices)
+        for buffer, held in zip(buffers, after, strict=True):
+            buffer.copy_(held)
+
+
+def _restore(states: tuple[torch.Tensor, list[torch.Tensor]], devices: Sequence[int]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1], strict=True):
+        torch.cuda.set_rng_state(state, device)
+
+
+def _rule_of(compiled: CompiledModule, program: Program) -> Directions:
+    rules = [rule for _, rule in compiled._options.rules.in_use(program.operator)]
+    found = [rule for rule in rules if getattr(rule, "in_place", False)]
+    if len(rules) != 1 or not found:
+        raise RuleError(
+            f"zo_step updates every block along random directions, the rule is {', '.join(map(str, rules))}",
+            remedy="compile the whole model with zeroth_order (method=spsa or stein), or train with loss and an "
+            "optimizer",
+        )
+    return cast("Directions", found[0])
+
+
+def _counter(compiled: CompiledModule, rule: Directions) -> torch.Tensor:
+    """All ranks hold the same weights, so they must move along the same directions."""
+    counter = compiled._counter()
+    if rule.shared or _world() > 1:
+        counter[2] = 0
+    return counter
+
+
+def _world() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _mean_over_ranks(loss: torch.Tensor) -> torch.Tensor:
+    if _world() > 1:
+        torch.distributed.all_reduce(loss)
+        loss = loss / _world()
+    return loss
+
+
+def _warn_about_halves(compiled: CompiledModule, weights: Sequence[nn.Parameter]) -> None:
+    halves = sorted({str(w.dtype).removeprefix("torch.") for w in weights if w.dtype.itemsize < 4})
+    if halves and "zo_step" not in compiled._warned:
+        compiled._warned.add("zo_step")
+        warnings.warn(
+            f"zo_step moves {' and '.join(halves)} weights to and fro in place: they do not come back exactly (about "
+            "4e-3 per step in fp16). Keep the weights in float32 under autocast",
+            stacklevel=4,
+        )

@@ -1,0 +1,122 @@
+"""Common part of the passes that give operators another derivative, which needs less kept."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from graphrewrite.passes.compression._packing import pack, unpack
+from graphrewrite.passes.compression._regions import Region
+from graphrewrite.passes.compression._samples import Table
+from torch import fx
+
+from graphrewrite.errors import RuleError
+from graphrewrite.graph.codec import inside
+from graphrewrite.graph.joint import JointGraph
+from graphrewrite.graph.nodes import Constant, Role, info, value
+from graphrewrite.pipeline import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class ApproximateBackward(Pass):
+    """A pass at the operator level, behind the rules: the forward stays bitwise as it is, derivatives change.
+
+    What it takes are operators of the model whose derivative is still their own and that a cotangent reaches.
+
+    Args:
+        only: Globs of module paths (`"*.mlp"`): operators of other modules are left alone.
+        skip: Globs of module paths whose operators are left alone.
+    """
+
+    only: tuple[str, ...] = field(default=(), kw_only=True)
+    skip: tuple[str, ...] = field(default=(), kw_only=True)
+
+    formula: ClassVar[str] = ""
+
+    @abstractmethod
+    def rewrite(self, graph: JointGraph, wanted: Callable[[fx.Node], bool]) -> int:
+        """Replace derivatives of operators that are `wanted`; returns of how many."""
+
+    def run(self, graph: JointGraph) -> PassResult:
+        """Find the operators and replace their derivatives."""
+        if not graph.table.seeds:
+            return PassResult(graph, False)
+        modules = {info(n).module for n in graph.forward_nodes() if info(n).role is Role.FORWARD}
+        for glob in (*self.only, *self.skip):
+            if not any(inside(module, glob) for module in modules):
+                known = ", ".join(sorted(m for m in modules if m)[:12])
+                raise RuleError(f"the glob {glob!r} of {self.name} matches no module", remedy=f"modules: {known}")
+        with graph.deferred():
+            count = self.rewrite(graph, self._wanted)
+        if not count:
+            self.fail(graph, "found no operator whose derivative it replaces")
+        return PassResult(graph, count > 0)
+
+    def _wanted(self, node: fx.Node) -> bool:
+        module = info(node).module
+        if any(inside(module, glob) for glob in self.skip):
+            return False
+        return not self.only or self.named(node)
+
+    def named(self, node: fx.Node) -> bool:
+        """Whether the user asked for the operators of this module in particular."""
+        return any(inside(info(node).module, glob) for glob in self.only)
+
+    def untouched(self, graph: JointGraph, node: fx.Node) -> bool:
+        """Whether an operator's derivative is its own; says so where it is not."""
+        rows = graph.table.rows(node)
+        if all(row.plain for row in rows):
+            return True
+        self.fail(graph, "its derivative was replaced already", node)
+        return False
+
+
+def use_table(graph: JointGraph, region: Region, table: Table) -> None:
+    """Let the derivative of a scalar function be a table's: packed codes are all that is kept."""
+    like = info(region.result).but(mirrors=None)
+    argument = value(region.argument)
+    bits = table.bits
+    packed: fx.Node = graph.splice(lambda x: pack(encode(table, x), bits), [region.argument], like=like, whole=False)
+    levels = _levels(graph, table, argument)
+
+    def bwd(residuals: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> torch.Tensor:
+        stored, held = residuals
+        codes = unpack(stored, bits, cotangent.numel()).to(torch.int32)
+        return cotangent * held.index_select(0, codes).view(cotangent.shape)
+
+    graph.replace_vjp(region.result, bwd, residuals=[packed, levels], inputs=[region.argument])
+
+
+def encode(table: Table, x: torch.Tensor) -> torch.Tensor:
+    """The code of each element, uint8: one comparison for each border. NaN has some code, whichever."""
+    start = table.codes[0]
+    found: torch.Tensor | None = None
+    for border, before, after in zip(table.borders, table.codes, table.codes[1:], strict=False):
+        height = abs(after - before)
+        hit = x >= border if after > before else x < border
+        start -= 0 if after > before else height
+        if found is None or height > 1:
+            hit = hit.to(torch.uint8)
+        hit = hit * height if height > 1 else hit
+        found = hit if found is None else found + hit
+    assert found is not None
+    # sums are right modulo 2^bits
+    return found if start == 0 else (found + start % 2**table.bits) & (2**table.bits - 1)
+
+
+def _levels(graph: JointGraph, table: Table, like: torch.Tensor) -> fx.Node:
+    return shared_constant(graph, torch.tensor(table.levels, dtype=like.dtype, device=like.device), "levels")
+
+
+def shared_constant(graph: JointGraph, tensor: torch.Tensor, name: str) -> fx.Node:
+    """A constant of the graph, one for all that read the same numbers."""
+    for spec, node in graph.inputs.items():
+        known = graph.constants.get(spec.name) if isinstance(spec, Constant) else None
+        if known is None or (known.dtype, known.device) != (tensor.dtype, tensor.device):
+            continue
+        if torch.equal(known, tensor):
+            return node
+    return graph.constant(tensor, name)

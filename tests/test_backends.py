@@ -1,0 +1,235 @@
+"""Backends: what they compute, what they compile and how often, what took each node, and how they refuse."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from graphrewrite.backends import inductor
+from torch import nn
+
+import graphrewrite as gr
+from graphrewrite import _compat
+from graphrewrite.errors import BackendError
+from graphrewrite.testing import gradients, zoo
+from helpers import train_step
+
+WITH_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
+)
+
+
+def assert_near(actual: dict, expected: dict) -> None:
+    """Equal up to float32 rounding, relative to the largest gradient of the model."""
+    scale = max(g.abs().max() for g in expected.values() if g is not None)
+    assert set(actual) == set(expected)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (actual[name] is None), name
+        if gradient is not None:
+            gap = (actual[name] - gradient).abs().max()
+            assert gap <= 1e-5 * max(gradient.abs().max(), 0.01 * scale), f"{name} is off by {gap:.3g}"
+
+
+def compare(name: str, rule: str, backend: str, sizes: tuple[int, ...] | None = None) -> gr.CompiledModule:
+    """Losses, gradients and buffers of a backend against the eager one, with the same random numbers."""
+    case = zoo.make(name)
+    ours = gr.compile(case.model, rule, loss=case.loss, backend=backend)
+    theirs = gr.compile(copy.deepcopy(case.model), rule, loss=case.loss)
+    for step, size in enumerate(sizes or case.sizes[:2]):
+        x, y = case.batch(size)
+        losses, found = [], []
+        for compiled in (ours, theirs):
+            torch.manual_seed(step)
+            compiled.module.zero_grad()
+            loss = compiled.loss(x, y)
+            loss.backward()
+            losses.append(loss.detach())
+            found.append(gradients(compiled.module))
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+        assert_near(*found)
+    for mine, other in zip(ours.module.buffers(), theirs.module.buffers(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    return ours
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+# --- Inductor --------------------------------------------------------------------------------------------------------
+
+
+def test_inductor_is_near_eager_and_compiles_once_for_ten_batch_sizes():
+    before = inductor.compiled_stages
+    compiled = compare("mlp", "bp", "inductor", sizes=(4, 7, 2, 3, 5, 6, 8, 9, 16, 33))
+    # one forward and one backward, whatever the batch
+    assert inductor.compiled_stages - before == 2
+    report = compiled.report()
+    assert report.backend_coverage == {"inductor": sum(report.backend_coverage.values())}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Inductor is given runs as it is: everything but Inductor itself is tested, in a tenth of the time."""
+
+    def as_it_is(module: torch.fx.GraphModule, inputs: list, _settings: dict, *, is_backward: bool):
+        assert len(inputs) == sum(n.op == "placeholder" for n in module.graph.nodes)
+        return _compat.boxed(module)
+
+    monkeypatch.setattr(inductor, "inductor_code", as_it_is)
+
+
+@pytest.mark.parametrize("name", ["cnn", pytest.param("gcn", marks=pytest.mark.slow)])
+def test_what_inductor_is_given(name, uncompiled):
+    """Decomposed stages; convolutions with batch-norm and dropout: the numbers come from torch's global generator."""
+    compiled = compare(name, "bp", "inductor", sizes=(4,))
+    dropout = [row for row in compiled.report().coverage if "random" in row.reason]
+    assert len(dropout) == (1 if name == "cnn" else 0)
+
+
+@pytest.mark.parametrize("rule", ["dfa", pytest.param("ff", marks=pytest.mark.slow)])
+def test_rules_as_inductor_is_given_them(rule, uncompiled):
+    compare("mlp", rule, "inductor", sizes=(4,))
+
+
+def test_two_stages_as_inductor_is_given_them(uncompiled):
+    case = zoo.make("mlp")
+    ours = gr.compile(case.model, split_backward=True, backend="inductor")
+    theirs = gr.compile(copy.deepcopy(case.model))
+    x, y = case.batch(4)
+    for compiled in (ours, theirs):
+        compiled.loss(x, y).backward()
+    ours.backward_weight()
+    assert_near(gradients(ours.module), gradients(theirs.module))
+
+
+def test_local_rule_on_inductor():
+    compiled = compare("mlp", "mono_forward", "inductor", sizes=(4, 6))
+    # the hidden blocks' gradients are made in the forward, and only scaled in the backward
+    assert any(saved.carried for saved in compiled.program().partition.saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["bp", "dfa", "ff", "mono_forward"])
+@pytest.mark.parametrize("name", zoo.names())
+def test_model_matrix_on_inductor(name, rule):
+    if rule != "bp" and name not in ("mlp", "cnn", "resnet", "gpt", "gcn"):
+        pytest.skip("other rules: one representative per family")
+    if rule == "ff" and name == "gpt":
+        pytest.skip("ff refuses integer inputs")
+    compare(name, rule, "inductor")
+
+
+def test_layouts_from_outside_are_brought_in_line():
+    """Transposed inputs, and cotangents that are expanded or transposed, are no other graph."""
+    before = inductor.compiled_stages
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    compiled = gr.compile(model, backend="inductor")
+    reference = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    for cotangent in (torch.randn(4, 3), torch.randn(3, 4).t(), torch.ones(1, 1).expand(4, 3)):
+        model.zero_grad()
+        reference.zero_grad()
+        compiled(x).backward(cotangent)
+        reference(x).backward(cotangent)
+        assert_near(gradients(model), gradients(reference))
+    assert inductor.compiled_stages - before == 2
+
+
+def test_inductor_without_a_compiler_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(inductor, "cpp_compiler", lambda: None)
+    compiled = gr.compile(perceptron(), backend="inductor")
+    with pytest.raises(BackendError, match=r"no C\+\+ compiler[\s\S]*install g\+\+"):
+        compiled.loss(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+
+
+def test_inductor_says_which_stage_it_cannot_compile(monkeypatch):
+    def broken(*_args, **_options):
+        raise RuntimeError("no lowering for this\nsecond line")
+
+    monkeypatch.setattr(inductor, "inductor_code", broken)
+    compiled = gr.compile(perceptron(), backend="inductor")
+    with pytest.raises(BackendError, match="forward stage: RuntimeError: no lowering for this"):
+        compiled.loss(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+
+
+def test_random_operators_are_not_decomposed():
+    table = _compat.inductor_decompositions(inductor.SETTINGS)
+    assert torch.ops.aten.native_layer_norm.default in table
+    assert torch.ops.aten.native_dropout.default not in table
+    assert torch.ops.aten.rand_like.default not in table
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@WITH_TRITON
+def test_triton_takes_what_its_checkers_accept():
+    model = perceptron()
+    compiled = gr.compile(model, backend="triton")
+    reference = gr.compile(copy.deepcopy(model))
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    assert_near(train_step(compiled, x, y), train_step(reference, x, y))
+    report = compiled.report()
+    taken = {(row.kernel, row.operator, row.stage, row.module) for row in report.coverage if row.backend == "triton"}
+    assert taken == {
+        ("layer_norm", "native_layer_norm", "forward", "1"),
+        ("layer_norm_backward", "native_layer_norm_backward", "backward", "1"),
+    }
+    assert {row.reason for row in report.coverage if row.backend == "eager"} == {"no kernel for this operator"}
+    assert report.backend_coverage["triton"] == 2
+    assert "1 by the kernel layer_norm_backward" in str(report)
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("codec", ["int4{group=16}", 'int8{group=16,rounding="stochastic"}'])
+def test_codecs_are_kernels_and_the_same_bits(codec):
+    """Gradients from saved tensors that a kernel encoded are those of the codec, bit by bit."""
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3))
+    x, y = torch.randn(6, 16), torch.tensor([0, 1, 2, 0, 1, 1])
+    ours = gr.compile(model, backend="triton", compress=codec)
+    theirs = gr.compile(copy.deepcopy(model), compress=codec)
+    exact = gr.compile(copy.deepcopy(model))
+    for _ in range(2):
+        found, expected = train_step(ours, x, y), train_step(theirs, x, y)
+        for name, gradient in expected.items():
+            assert torch.equal(found[name], gradient), name
+    assert not torch.equal(found["2.weight"], train_step(exact, x, y)["2.weight"])
+    taken = [row for row in ours.report().coverage if row.backend == "triton"]
+    assert {row.kernel for row in taken} == {"quantize_pack", "unpack_dequantize"}
+    assert ours.report().saved_bytes == theirs.report().saved_bytes
+
+
+@WITH_TRITON
+def test_triton_leaves_float64_to_eager_and_says_why():
+    compiled = gr.compile(perceptron().double(), backend="triton")
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    reference = copy.deepcopy(compiled.module)
+    ours = train_step(compiled, x, y)
+    for name, gradient in train_step(gr.compile(reference), x, y).items():
+        assert torch.equal(ours[name], gradient)
+    taken = compiled.report().coverage
+    assert not any(one.backend == "triton" for one in taken)
+    assert any("float64" in one.reason for one in taken if one.kernel == "layer_norm")
+
+
+def test_triton_without_a_device_is_an_error_unless_a_fallback_is_allowed(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, x, y = perceptron(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(BackendError, match=r"cannot run here[\s\S]*fallback='eager'"):
+        gr.compile(model, backend="triton").loss(x, y)
+    compiled = gr.compile(model, backend="triton", fallback="eager")
+    reference = copy.deepcopy(model)
+    for name, gradient in train_step(gr.compile(reference), x, y).items():
+        assert torch.equal(train_step(compiled, x, y)[name], gradient)
+    report = compiled.report()
+    assert set(report.backend_coverage) == {"eager"}
+    assert "not by triton: backend 'triton' cannot run here" in str(report)
+
+
+def test_an_unknown_fallback_is_refused():
+    with pytest.raises(gr.GraphRewriteError, match="fallback"):
+        gr.compile(perceptron(), fallback="slow")
