@@ -191,7 +191,7 @@ COMPARED = {
     "threshold": (("above", (0.3,)), lambda g, x: aten.threshold_backward(g, x, 0.3)),
     "hardtanh": (("between", (-0.5, 0.7)), lambda g, x: aten.hardtanh_backward(g, x, -0.5, 0.7)),
     "relu6": (("between", (0.0, 6.0)), lambda g, x: aten.hardtanh_backward(g, x, 0.0, 6.0)),
-    "hardsigmoid": (("between", (-3.0, 3.0)), aten.hardsigmoid_backward),
+    "hardsigmoid": (("hardsigmoid", (-3.0, 3.0)), aten.hardsigmoid_backward),
     "leaky_relu": (("positive", ()), lambda g, x: aten.leaky_relu_backward(g, x, 0.2, False)),
 }
 
