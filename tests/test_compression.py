@@ -117,14 +117,11 @@ def test_a_codec_stores_its_own_bytes(exact):
     compiled = gr.compile(model, compress="int8", example_inputs=(x,), example_targets=(y,))
     report = compiled.report()
     assert report.saved_bytes == measured(compiled, x, y) < 0.75 * plain
-    stored = {row.name: row.nbytes for row in report.saved if row.codec == "int8"}
-    treated = {one.name: one for one in report.plan if one.codec == "int8"}
+    treated = [one for one in report.plan if one.codec == "int8"]
     assert len(treated) >= 4
-    for row in report.saved:
-        assert row.codec in ("", "int8", "mask")
-    for name, one in treated.items():
-        assert one.after < one.before
-        assert one.name in stored or name in stored
+    assert all(one.after < one.before for one in treated)
+    assert {row.codec for row in report.saved} == {"", "int8", "mask"}
+    assert sum(one.after for one in report.plan) == report.saved_bytes
     assert 0 < error(step(compiled, x, y), gradients) < TOLERANCE["int8"]
 
 
@@ -242,7 +239,7 @@ def test_a_value_with_many_readers_is_encoded_once():
     compiled = gr.compile(model, compress="int8", dynamic=None)
     assert 0 < error(shared_step(compiled, x), exact) < TOLERANCE["int8"]
     aten = compiled.graph("aten")
-    encoded = [info(n).encodes for n in aten.nodes if info(n).codec and n.op == "call_function"]
+    encoded = [info(n).encodes for n in aten.nodes if n.op == "call_function" and info(n).codec]
     sources = [s for s in aten.nodes if s in encoded]
     assert len([s for s in sources if s.target is torch.ops.aten.tanh.default]) == 1
     plan = {one.operator: one for one in compiled.report().plan}
@@ -396,13 +393,19 @@ def test_other_rules(rule):
     exact = step(plain, x, y)
     compiled = gr.compile(case.model, rule, compress=["mask", "int8"], seed=1)
     found = step(compiled, x, y)
-    assert measured(compiled, x, y) == compiled.report().saved_bytes <= plain.report().saved_bytes
+    # finished gradients are handed on outside of what autograd is asked to save
+    rows = [row for row in compiled.report().saved if row.kind != "gradient"]
+    assert measured(compiled, x, y) == sum(row.nbytes for row in rows)
     if rule == "dfa":
         assert compiled.report().saved_bytes < 0.5 * plain.report().saved_bytes
         assert 0 < error(found, exact) < TOLERANCE["int8"]
     else:
-        # local backward runs in the forward: nothing but finished gradients is saved, and those are never encoded
-        assert_equal(found, exact)
+        # the backward of hidden blocks runs in the forward: nothing but finished gradients is saved, never encoded;
+        # the last block learns from the task loss
+        hidden = [name for name in exact if not name.startswith("4.")]
+        assert len(hidden) == 4
+        assert_equal({n: found[n] for n in hidden}, {n: exact[n] for n in hidden})
+        assert error(found, exact) < TOLERANCE["int8"]
 
 
 def test_autocast_and_grad_scaler():
