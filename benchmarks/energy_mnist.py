@@ -1,4 +1,4 @@
-"""Zeroth order, predictive coding and equilibrium propagation next to backpropagation on an MNIST MLP.
+"""Zeroth order, predictive coding, equilibrium and target propagation next to backpropagation on an MNIST MLP.
 
     GRAPHREWRITE_DATA=folder python benchmarks/energy_mnist.py --epochs 1
 
@@ -26,6 +26,7 @@ RULES = [
     "predictive_coding{variant=exact}",
     "predictive_coding",
     "equilibrium_propagation{free_steps=20,nudged_steps=6}",
+    "target_propagation",
     "zeroth_order",
     "zeroth_order{method=stein,queries=8}",
 ]

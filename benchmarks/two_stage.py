@@ -120,7 +120,7 @@ def cost(rounds: int) -> list[dict[str, Any]]:
 
 def concatenated(rounds: int) -> list[dict[str, Any]]:
     rows = []
-    for count in (32, 64, 128, 256, 512):
+    for count in (64, 256, 512):
         two = gr.compile(stage(1), split_backward=True)
 
         def run(concat: bool, count: int = count, two: gr.CompiledModule = two) -> list[float]:

@@ -46,6 +46,7 @@ __all__ = [
     "boxed",
     "compile_guards",
     "cpp_compiler",
+    "custom_schedule",
     "eager_branches",
     "enable_python_dispatcher",
     "free_unbacked_symbols",
@@ -154,6 +155,24 @@ def pipeline_actions(
             numbers = iter(range(micro_batches))
             own[:] = [(stage, kind, next(numbers) if kind == "F" else mb) for stage, kind, mb in own]
     return computed
+
+
+def custom_schedule(
+    stages: list[Any],
+    micro_batches: int,
+    loss: Callable[..., torch.Tensor],
+    actions: Sequence[Sequence[tuple[int, str, int]]],
+) -> Any:
+    """A schedule of the engine's runtime that executes given compute actions, as `pipeline_actions` lists them."""
+    from torch.distributed.pipelining import schedules
+
+    made = schedules._PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)
+    kinds = schedules._ComputationType
+    order = {
+        rank: [schedules._Action(stage, kinds(kind), mb) for stage, kind, mb in own] for rank, own in enumerate(actions)
+    }
+    made._prepare_schedule_with_comms(order)  # type: ignore[arg-type]
+    return made
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ def _plain(held: Any) -> Any:
     """Tuples as lists, and what has a text form of its own as that text."""
     if isinstance(held, (tuple, list)):
         return [_plain(one) for one in held]
-    return to_text(held) if dataclasses.is_dataclass(held) else held
+    return held if held is None or isinstance(held, (str, int, float, dict)) else to_text(held)
 
 
 def _callable_text(held: Callable[..., Any], where: str) -> str:

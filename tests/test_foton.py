@@ -40,6 +40,7 @@ def test_linear_net_with_orthonormal_rows_is_backpropagation():
     assert_close(train_step(compiled_for(model, "foton{iterations=0}", x, y), x, y), exact, rtol=2e-15)
 
 
+@pytest.mark.slow
 def test_without_orthonormal_rows_it_is_not():
     model, (x, y) = net(), batch()
     for parameter in model.parameters():
@@ -142,6 +143,7 @@ def test_weights_are_orthonormalised_after_the_optimizer_step():
     assert max(off(p) for p in model.parameters()) < 1e-12
 
 
+@pytest.mark.slow
 def test_the_phase_draws_nothing_from_torch_and_depends_on_no_rank():
     (x, y), found = batch(), []
     for rank in (0, 3):

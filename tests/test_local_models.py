@@ -17,6 +17,8 @@ import graphrewrite as gr
 from helpers import assert_close
 
 CLASSES, WIDTH, WORDS, LENGTH = 3, 8, 11, 5
+SMOOTH = 1e-12
+"""What the heads add under the root of a length, so that it has a derivative at zero."""
 
 
 class Layer(nn.Module):
@@ -89,7 +91,7 @@ def pred(h, w, y):
 
 def cosines(rows):
     centred = rows - rows.mean(1, keepdim=True)
-    norms = (centred * centred).sum(1).sqrt()
+    norms = ((centred * centred).sum(1) + SMOOTH).sqrt()
     return centred @ centred.t() / (norms[:, None] * norms[None, :])
 
 
@@ -108,7 +110,7 @@ def dgl(h, w, y):
 def lls(h, w, y):
     frequency = torch.linspace(50, 512, CLASSES, dtype=torch.float64)
     basis = torch.sin(frequency[:, None] * torch.arange(h.shape[1], dtype=torch.float64))
-    return F.cross_entropy(h / h.norm(dim=1, keepdim=True) @ basis.t() * w["scale"], y)
+    return F.cross_entropy(h / (h.square().sum(1, keepdim=True) + SMOOTH).sqrt() @ basis.t() * w["scale"], y)
 
 
 PREDSIM = 'local_loss{head="predsim{beta=0.75}"}'

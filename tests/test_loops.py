@@ -48,7 +48,7 @@ def by_hand(model: nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor:
     return state
 
 
-@pytest.mark.parametrize("steps", [0, 1, 7])
+@pytest.mark.parametrize("steps", [7, *[pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)]])
 def test_a_loop_is_its_body_repeated_at_every_level(steps):
     model, x, y, graph = looped(steps)
     verify(graph)

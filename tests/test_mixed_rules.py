@@ -123,11 +123,10 @@ def test_locality_of_a_mixture_is_as_certified():
         pytest.param("ff", "local first", "zeroth_order{method=coordinate}", marks=SLOW),
         pytest.param("ff", "local last", "zeroth_order{method=coordinate}", marks=SLOW),
         pytest.param("ff", "local first", "predictive_coding{variant=exact}", marks=SLOW),
-        ("ff", "local last", "predictive_coding{variant=exact}"),
+        pytest.param("ff", "local last", "predictive_coding{variant=exact}", marks=SLOW),
         pytest.param("ff", "local last", "bp", marks=SLOW),
         pytest.param("mono_forward", "local last", "zeroth_order{method=coordinate}", marks=SLOW),
-        pytest.param("mono_forward", "local first", "predictive_coding{variant=exact}", marks=SLOW),
-        pytest.param("mono_forward", "local last", "predictive_coding{variant=exact}", marks=SLOW),
+        ("mono_forward", "local last", "predictive_coding{variant=exact}"),
     ],
 )
 def test_local_rules_with_others_behind(local, order, other):

@@ -36,7 +36,12 @@ def passes(model, x):
 
 @pytest.mark.parametrize(
     ("options", "presynaptic", "last"),
-    [("", 1, 1), ("{presynaptic=clean}", 0, 0), ("{last=clean}", 1, 0), ("{distribution=normal,scale=0.3}", 1, 1)],
+    [
+        ("", 1, 1),
+        ("{presynaptic=clean}", 0, 0),
+        pytest.param("{last=clean}", 1, 0, marks=pytest.mark.slow),
+        pytest.param("{distribution=normal,scale=0.3}", 1, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_mlp_by_hand(options, presynaptic, last):
     """G_l = (h_l - h'_l) h'_(l-1)^T / N, with the other choices of presynaptic term and last error."""
@@ -139,6 +144,7 @@ def test_certificate_and_graph():
     assert_golden(str(compiled.graph("operator")), "mlp_pepita")
 
 
+@pytest.mark.slow
 def test_batch_norm_keeps_the_statistics_of_the_clean_pass():
     case = zoo.make("cnn")
     x, y = case.batch(6)
@@ -154,6 +160,7 @@ def test_batch_norm_keeps_the_statistics_of_the_clean_pass():
     assert all(not n.meta["gr"].copy for n in updates)
 
 
+@pytest.mark.slow
 def test_a_head_of_another_rule_learns_from_the_clean_pass():
     model, (x, y) = net(), batch()
     exact = eager_grads(model, F.cross_entropy(model(x), y))

@@ -74,7 +74,7 @@ def tied_batch(n: int = 3):
 class Stage(nn.Module):
     """A part of a model: its input wants a gradient."""
 
-    def __init__(self, width: int = 16, layers: int = 2) -> None:
+    def __init__(self, width: int = 16, layers: int = 1) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -210,6 +210,7 @@ def test_clipping_accumulation_and_scaler():
     assert_equal_gradients(one, two)
 
 
+@pytest.mark.slow
 def test_same_under_autocast():
     one, two = twins(zoo.make("mlp").model)
     batch = zoo.make("mlp").batch(4)
@@ -221,7 +222,7 @@ def test_same_under_autocast():
     assert_equal_gradients(one, two)
 
 
-def test_step_by_step_training_and_alignment():
+def test_alignment_is_that_of_one_stage():
     one, two = twins(zoo.make("mlp").model, "fa")
     batch = zoo.make("mlp").batch(4)
     left, right = one.alignment(*batch), two.alignment(*batch)
@@ -239,7 +240,7 @@ def test_first_stage_computes_no_weight_gradient():
     two(x).sum().backward()
     assert x.grad.any()
     have = {name for name, p in two.named_parameters() if p.grad is not None}
-    assert have == {f"layers.{i}.n.{kind}" for i in range(2) for kind in ("weight", "bias")}
+    assert have == {"layers.0.n.weight", "layers.0.n.bias"}
     part = two.program().partition
     assert not [n for n in part.order["backward"] if info(n).role is Role.GRADIENT and n.users]
     assert not [n for n in part.order["weight"] if info(n).role is Role.SIGNAL]
@@ -248,10 +249,8 @@ def test_first_stage_computes_no_weight_gradient():
     assert all(p.grad is not None for p in two.parameters())
 
 
-def test_cotangents_run_in_the_first_stage_though_no_input_wants_one():
-    two = gr.compile(zoo.make("mlp").model, split_backward=True)
-    two.loss(*zoo.make("mlp").batch(4)).backward()
-    part = two.program().partition
+def test_cotangents_run_in_the_first_stage_though_no_input_wants_one(ready):
+    part = ready.program().partition
     roles = Counter(info(n).role for n in part.order["weight"])
     assert set(roles) == {Role.GRADIENT}
     assert sum(1 for n in part.order["backward"] if "mm" in str(n.target)) == 2
@@ -278,13 +277,11 @@ def test_frozen_parameters_are_left_alone():
     assert_equal_gradients(one, two)
 
 
-def test_hooks_see_the_weight_gradients():
-    two = gr.compile(zoo.make("mlp").model, split_backward=True)
-    seen = []
-    two.module[0].weight.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
-    two.loss(*zoo.make("mlp").batch(4)).backward()
-    assert not seen
+def test_hooks_see_the_weight_gradients(ready):
+    two, seen = ready, []
+    handle = two.module[0].weight.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
     two.backward_weight()
+    handle.remove()
     assert len(seen) == 1
     assert_same(two.module[0].weight.grad, 2 * seen[0], "the hook's gradient")
 
@@ -389,7 +386,7 @@ def test_concatenation_runs_one_product_per_linear_map():
         two(x).square().sum().backward()
     with Products() as seen:
         two.backward_weight(concat=True)
-    assert seen.count["aten::mm"] == 4
+    assert seen.count["aten::mm"] == 2
     assert_equal_gradients(one, two, exact=False)
 
 
@@ -449,9 +446,9 @@ def test_report_counts_what_is_held_and_names_what_is_not_split():
     out.backward(torch.randn_like(out))
     report = two.report()
     assert report.held_bytes == two._weights.pending[0].nbytes == two.program().partition.held_bytes
-    # per layer: the inputs of both maps (d, 4d) and the cotangents of their outputs (4d, d), for 6 tokens of 16
-    assert report.held_bytes == 2 * 10 * 6 * 16 * 4
-    assert len(report.not_split) == 4
+    # the inputs of both maps (d, 4d) and the cotangents of their outputs (4d, d), for 6 tokens of 16
+    assert report.held_bytes == 10 * 6 * 16 * 4
+    assert len(report.not_split) == 2
     assert all("layer_norm" in reason for reason in report.not_split)
     assert "held between the two stages of the backward" in str(report)
     assert {row.kind for row in report.held if row.nbytes} == {"activation", "cotangent"}
@@ -477,7 +474,7 @@ def test_activations_that_no_weight_gradient_reads_die_in_the_first_stage():
     assert part.held_bytes == 4 * 8 * 4  # the cotangent of its output; its input is the caller's
 
 
-@pytest.mark.parametrize("compress", ["int8", "recompute"])
+@pytest.mark.parametrize("compress", ["int8", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_compression_composes(compress):
     """What is stored encoded is held encoded, and decoded in both stages; the gradients are those of one stage."""
     plain = gr.compile(Stage(), split_backward=True)
@@ -510,11 +507,18 @@ def test_nothing_outlives_the_second_stage():
 # --- what goes wrong -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def compiled_once():
+    return gr.compile(zoo.make("mlp").model, split_backward=True)
+
+
 @pytest.fixture
-def ready():
-    two = gr.compile(zoo.make("mlp").model, split_backward=True)
-    two.loss(*zoo.make("mlp").batch(4)).backward()
-    return two
+def ready(compiled_once):
+    """A module with one micro-batch pending."""
+    compiled_once.zero_grad()
+    compiled_once.discard_pending()
+    compiled_once.loss(*zoo.make("mlp").batch(4)).backward()
+    return compiled_once
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -533,8 +537,13 @@ def test_step_before_the_second_stage_is_refused(ready, taken):
 def test_weights_that_changed_in_between_are_refused(ready):
     with torch.no_grad():
         ready.module[2].weight.mul_(2)
+    for concat in (False, True):
+        with pytest.raises(gr.RuleError, match=r"2\.weight was changed between the two stages"):
+            ready.backward_weight(concat=concat)
+    assert ready.pending == 1  # nothing was lost
+    task = ready.weight_task()
     with pytest.raises(gr.RuleError, match=r"2\.weight was changed between the two stages"):
-        ready.backward_weight()
+        task()
 
 
 def test_a_cotangent_that_changed_in_between_is_refused():

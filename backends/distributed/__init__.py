@@ -2,6 +2,7 @@
 
 from graphrewrite.backends.distributed.cut import Cut, Part, cut
 from graphrewrite.backends.distributed.local import DFAPipeline, LocalPipeline
+from graphrewrite.backends.distributed.optimise import Optimised, optimise
 from graphrewrite.backends.distributed.pipeline import SCHEDULES, Pipeline
 from graphrewrite.backends.distributed.simulate import Timeline, actions_of, simulate
 
@@ -10,10 +11,12 @@ __all__ = [
     "Cut",
     "DFAPipeline",
     "LocalPipeline",
+    "Optimised",
     "Part",
     "Pipeline",
     "Timeline",
     "actions_of",
     "cut",
+    "optimise",
     "simulate",
 ]

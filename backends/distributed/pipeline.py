@@ -6,16 +6,18 @@ the W actions of the zero-bubble schedules (`PipelineStage(dw_builder=)`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from graphrewrite.backends.distributed.cut import Cut, replicate_tied
+from graphrewrite.backends.distributed.simulate import Action
 from torch import nn
 from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
 
+from graphrewrite._compat import custom_schedule
 from graphrewrite.api import compile as compile_model
 from graphrewrite.errors import RuleError
 from graphrewrite.objective import default_loss
@@ -50,6 +52,20 @@ def stages_of_rank(schedule: str, rank: int, ranks: int, stages: int) -> list[in
     return list(range(rank, stages, ranks))
 
 
+def _stages_in(
+    actions: Sequence[Sequence[Action]], rank: int, ranks: int, stages: int, micro_batches: int
+) -> list[int]:
+    """The stages of a process in a schedule given by its actions."""
+    place = {a.stage for own in actions for a in own}
+    counts = {a.micro_batch for own in actions for a in own}
+    if len(actions) != ranks or place != set(range(stages)) or counts != set(range(micro_batches)):
+        raise RuleError(
+            f"the schedule has {len(place)} stages on {len(actions)} processes and {len(counts)} micro-batches, the "
+            f"pipeline {stages} on {ranks} and {micro_batches}"
+        )
+    return sorted({a.stage for a in actions[rank]})
+
+
 class Pipeline:
     """The stages of this process, compiled, and a schedule of the engine that runs them.
 
@@ -61,7 +77,7 @@ class Pipeline:
     def __init__(
         self,
         made: Cut,
-        schedule: str = "ZBVZeroBubble",
+        schedule: str | Sequence[Sequence[Action]] = "ZBVZeroBubble",
         micro_batches: int = 8,
         *,
         loss: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -74,7 +90,7 @@ class Pipeline:
 
         Args:
             made: The cut model; the same in all processes.
-            schedule: One of `SCHEDULES`.
+            schedule: One of `SCHEDULES`, or the actions of each process, as `optimise` makes them.
             micro_batches: How many a batch is split into.
             loss: `loss(outputs, targets)`, a mean over samples; default: cross-entropy, as for `compile`.
             rule: For every stage; it must be one that learns from the cotangent of the outputs.
@@ -83,7 +99,10 @@ class Pipeline:
             options: For `compile`.
         """
         rank, ranks, count = dist.get_rank(group), dist.get_world_size(group), len(made)
-        self._indices = stages_of_rank(schedule, rank, ranks, count)
+        if isinstance(schedule, str):
+            self._indices = stages_of_rank(schedule, rank, ranks, count)
+        else:
+            self._indices = _stages_in(schedule, rank, ranks, count, micro_batches)
         self._ranks = ranks
         self._group = group
         self._cut = made
@@ -110,13 +129,19 @@ class Pipeline:
                     dw_builder=compiled.weight_task,
                 )
             )
+        self._loss = loss if loss is not None else default_loss
+        self.schedule = self._scheduled(schedule, built)
+
+    def _scheduled(self, schedule: str | Sequence[Sequence[Action]], built: list[PipelineStage]) -> Any:
+        if not isinstance(schedule, str):
+            actions = [[(a.stage, a.kind, a.micro_batch) for a in own] for own in schedule]
+            return custom_schedule(built, self._micro_batches, self._share, actions)
         kind = getattr(pipelining, f"Schedule{schedule}", None)
         if kind is None:
             raise RuleError(f"this torch ({torch.__version__}) has no schedule {schedule}")
-        self._loss = loss if loss is not None else default_loss
         # the engine would divide what .grad holds already, too: the loss is divided instead
-        self.schedule = kind(
-            built[0] if schedule in SINGLE else built, micro_batches, loss_fn=self._share, scale_grads=False
+        return kind(
+            built[0] if schedule in SINGLE else built, self._micro_batches, loss_fn=self._share, scale_grads=False
         )
 
     def _share(self, outputs: Any, targets: Any) -> torch.Tensor:

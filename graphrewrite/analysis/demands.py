@@ -272,7 +272,7 @@ def comparison_of(reader: fx.Node, position: int) -> Comparison | None:
     if reader.target is aten.hardtanh_backward.default:
         return "between", (float(args[2]), float(args[3]))
     if reader.target is aten.hardsigmoid_backward.default:
-        return "between", (-3.0, 3.0)
+        return "hardsigmoid", (-3.0, 3.0)
     if reader.target is aten.leaky_relu_backward.default:
         return "positive", ()
     return None

@@ -207,17 +207,19 @@ def run_concatenated(micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[list
         Results, and a micro-batch whose leaves they belong to.
     """
     groups: dict[Any, list[tuple[MicroBatch, list[Any]]]] = {}
-    with torch.no_grad():
-        for one in micro_batches:
-            plan = one.program.concat_plan()
+    for one in micro_batches:
+        plan = one.program.concat_plan()
+        with torch.no_grad():
             operands = [] if plan is None else list(one.program.execute(plan.prepare, list(one.values)))
-            groups.setdefault(_signature(one, plan, operands), []).append((one, operands))
-        for group in groups.values():
-            first = group[0][0]
-            plan = first.program.concat_plan()
-            if plan is None:
-                continue
-            yield _group(plan, group), first
+        groups.setdefault(_signature(one, plan, operands), []).append((one, operands))
+    for group in groups.values():
+        first = group[0][0]
+        plan = first.program.concat_plan()
+        if plan is None:
+            continue
+        with torch.no_grad():
+            results = _group(plan, group)
+        yield results, first
 
 
 def _group(plan: ConcatPlan, group: list[tuple[MicroBatch, list[Any]]]) -> list[tuple[OutputSpec, Any]]:

@@ -310,8 +310,7 @@ class CompiledModule(StatefulModule):
         Raises:
             RuleError: Fewer are pending, or something that they read was changed in the meantime.
         """
-        queue = self._second_stage("backward_weight")
-        queue.run(queue.oldest(n), concat)
+        self._second_stage("backward_weight").run_oldest(n, concat)
 
     def weight_task(self) -> Callable[[], None]:
         """A function that computes the weight gradients of the newest pending micro-batch.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,11 +108,11 @@ class WeightQueue:
             weakref.finalize(self, self._handle.remove)
         self.pending.append(micro_batch)
 
-    def oldest(self, n: int | None) -> list[MicroBatch]:
-        """The n oldest pending micro-batches, taken out of the queue; None: all.
+    def run_oldest(self, n: int | None, concat: bool = False) -> None:
+        """Compute the weight gradients of the n oldest pending micro-batches; None: of all.
 
         Raises:
-            RuleError: Fewer are pending.
+            RuleError: Fewer are pending, or something that they read was changed; then they all stay pending.
         """
         count = len(self.pending) if n is None else n
         if isinstance(n, bool) or count < 0:
@@ -122,20 +122,20 @@ class WeightQueue:
                 f"backward_weight(n={n}), but {len(self.pending)} micro-batches are pending",
                 remedy="each .backward() leaves one; backward_weight() runs all there are",
             )
-        return [self.pending.popleft() for _ in range(count)]
-
-    def run(self, micro_batches: Sequence[MicroBatch], concat: bool = False) -> None:
-        """Compute the weight gradients of some micro-batches that were taken out of the queue."""
-        for one in micro_batches:
+        chosen = [self.pending[i] for i in range(count)]
+        for one in chosen:
             one.check_unchanged()
         if concat:
-            for results, one in run_concatenated(micro_batches):
+            for _ in chosen:
+                self.pending.popleft()
+            for results, one in run_concatenated(chosen):
                 _hand_over(results, one)
             return
-        for one in micro_batches:
-            results = one.program.run_weight(one)
+        for one in chosen:
+            found = one.program.run_weight(one)
+            self.pending.popleft()
             one.values = []
-            _hand_over(results, one)
+            _hand_over(found, one)
 
     def take_newest(self) -> Callable[[], None]:
         """A function that computes the weight gradients of the newest pending micro-batch."""
@@ -149,8 +149,11 @@ class WeightQueue:
         def run() -> None:
             if one not in self._taken:
                 raise RuleError("this weight task has run already", remedy="take a new one behind each .backward()")
+            one.check_unchanged()
+            found = one.program.run_weight(one)
             self._taken.remove(one)
-            self.run([one])
+            one.values = []
+            _hand_over(found, one)
 
         return run
 

@@ -109,8 +109,8 @@ class ApproxBP(ApproximateBackward):
 @functools.cache
 def published_table(name: Literal["gelu", "silu"]) -> Table:
     """ReGELU2 or ReSiLU2 as a table, with its errors under the uniform weight."""
-    fn: Scalar = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}[name]
+    functions: dict[str, Scalar] = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
     heights, knots = PUBLISHED[aten.gelu.default if name == "gelu" else aten.silu.default]
     levels = np.concatenate([[0.0], np.cumsum(heights)])
-    error, primitive = Samples.of(fn, "uniform", name).errors(np.array(knots), levels)
+    error, primitive = Samples.of(functions[name], "uniform", name).errors(np.array(knots), levels)
     return Table(2, knots, (0, 1, 2, 3), tuple(levels.tolist()), error, primitive)

@@ -59,7 +59,7 @@ class CompressSaved(Pass):
         for saved in saved_values(graph):
             codec, why = self._choose(saved, offers)
             after = saved.nbytes
-            if codec is not None and codec.how == "encode":
+            if codec is not None and getattr(codec, "how", "encode") == "encode":
                 after = self.encode(graph, saved, codec)
                 encoded += 1
             elif codec is None:
@@ -169,11 +169,11 @@ def fit(codec: Codec, saved: SavedValue) -> Codec | Declined:
         or getattr(chosen, "on_host", False)
     ):
         return chosen
-    if (
-        _separate_signs(saved, chosen) is None
-        and not getattr(chosen, "exact", False)
-        and any(r.demand is Demand.SIGN for r in saved.readings)
-    ):
+    signs = _separate_signs(saved, chosen)
+    if signs is not None and not saved.demanding(Demand.VALUE, Demand.EXACT).readings:
+        # nothing but comparisons: the exact mask is smaller as well
+        return signs[1]
+    if signs is None and not getattr(chosen, "exact", False) and any(r.demand is Demand.SIGN for r in saved.readings):
         return Declined("operators compare it with different constants")
     size = saved_with_signs(saved, chosen)
     if size >= saved.nbytes:

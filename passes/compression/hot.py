@@ -125,7 +125,7 @@ class HadamardTraining(ApproximateBackward):
             facing = weight if rows_first else weight.t()
             left = round_all(transform_last(as_rows(cotangent), held), bits)
             right = round_all(transform_last(facing.t(), held), bits)
-            product: torch.Tensor = (left @ right.t()).to(cotangent.dtype)
+            product = (left @ right.t()).to(cotangent.dtype)
             return product.view(*cotangent.shape[:-1], product.shape[-1])
 
         graph.replace_vjp(linear.op, bwd, residuals=[flat_inputs(linear.op)[linear.weight], matrix], part="d")
@@ -142,7 +142,8 @@ def hadamard(size: int) -> torch.Tensor:
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     changes = (matrix[:, 1:] != matrix[:, :-1]).sum(1)
-    return matrix[changes.argsort()] / size**0.5
+    ordered: torch.Tensor = matrix[changes.argsort()] / size**0.5
+    return ordered
 
 
 def _matrix(graph: JointGraph, x: fx.Node, block: int) -> fx.Node:

@@ -94,14 +94,18 @@ class SignMask(Mask):
     comparison: Comparison = field(default=("positive", ()), repr=False)
 
     def encode(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        """One bit per element."""
+        """One bit per element, decided by the operator itself: it alone knows how it rounds its limits and sees NaN."""
         kind, limits = self.comparison
+        ones = torch.ones_like(tensor)
         if kind == "above":
-            held = ~(tensor <= limits[0])
-        elif kind == "between":
-            held = ~((tensor <= limits[0]) | (tensor >= limits[1]))
+            passed = aten.threshold_backward(ones, tensor, limits[0])
+        elif kind == "positive":
+            passed = aten.leaky_relu_backward(ones, tensor, 0.0, False)
+        elif kind == "hardsigmoid":
+            passed = aten.hardsigmoid_backward(ones, tensor)
         else:
-            held = tensor > 0
+            passed = aten.hardtanh_backward(ones, tensor, *limits)
+        held = passed != 0
         return [pack(held, 1)]
 
     def decode(self, residuals: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -110,7 +114,7 @@ class SignMask(Mask):
         kind, limits = self.comparison
         if kind == "above" and limits[0] != 0:
             return torch.where(held > 0, math.inf, -math.inf).to(like.dtype)
-        if kind == "between":
+        if kind in ("between", "hardsigmoid"):
             return torch.where(held > 0, 0.5 * (limits[0] + limits[1]), math.inf).to(like.dtype)
         return held.to(like.dtype)
 

@@ -1,0 +1,186 @@
+"""Schedules made for measured costs: fixed ones are only near the best where F, I and W take equally long.
+
+A greedy scheduler runs the pipeline in simulated time. A process that is free takes what is ready, in an order of
+preference, and never holds more than its cap. Several preferences and warm-ups are tried; the shortest schedule wins.
+`Pipeline` hands it to the engine's own runtime.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphrewrite.backends.distributed.simulate import Action, Kind, StageCost, Timeline, simulate
+
+from graphrewrite.errors import RuleError
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """A schedule made for given costs.
+
+    Attributes:
+        actions: Per process, in order.
+        timeline: As simulated.
+        bound: No schedule of these stages on these processes is shorter.
+    """
+
+    actions: list[list[Action]]
+    timeline: Timeline
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """How much longer than the bound it takes, as a share of it."""
+        return self.timeline.makespan / self.bound - 1
+
+
+def lower_bound(costs: Sequence[StageCost], place: Sequence[int], micro_batches: int, communication: float) -> float:
+    """What no schedule can be shorter than: each process's work, and the time before its first and behind its last."""
+    count = len(costs)
+    before = [0.0] * count
+    for s in range(1, count):
+        before[s] = before[s - 1] + costs[s - 1].forward + (communication if place[s] != place[s - 1] else 0.0)
+    bounds = []
+    for rank in set(place):
+        own = [s for s in range(count) if place[s] == rank]
+        work = micro_batches * sum(costs[s].total for s in own)
+        # what comes last here is a weight gradient at best; the first stage's needs nothing behind it
+        bounds.append(min(before[s] for s in own) + work)
+    through = before[-1] + costs[-1].forward
+    back = sum(costs[s].backward for s in range(count)) + sum(
+        communication for s in range(1, count) if place[s] != place[s - 1]
+    )
+    bounds.append(through + back + costs[0].weight)
+    return max(bounds)
+
+
+def optimise(
+    costs: Sequence[StageCost],
+    place: Sequence[int],
+    micro_batches: int,
+    *,
+    communication: float = 0.0,
+    cap: float | None = None,
+) -> Optimised:
+    """The shortest schedule found.
+
+    Args:
+        costs: Per stage, as measured or counted.
+        place: The process of each stage.
+        micro_batches: How many per step.
+        communication: Time until what one process sends has arrived at another.
+        cap: The most bytes that a process may hold; None: no cap.
+
+    Raises:
+        RuleError: The cap does not hold one micro-batch.
+    """
+    if len(costs) != len(place):
+        raise RuleError(f"{len(costs)} costs for {len(place)} stages")
+    ranks = max(place) + 1
+    need = max(sum(costs[s].saved for s in range(len(costs)) if place[s] == r) for r in range(ranks))
+    if cap is not None and cap < need:
+        raise RuleError(f"one micro-batch takes {need:g} bytes in one process, the cap is {cap:g}")
+    best: tuple[float, float, list[list[Action]]] | None = None
+    for order, eager, deep in itertools.product(("IFW", "FIW", "IWF"), (True, False), (True, False)):
+        for slack in range(0, 2 * ranks + 1, max(1, ranks // 2)):
+            limits = [cap if cap is not None else need * (ranks + slack) for _ in range(ranks)]
+            actions = _greedy(costs, place, micro_batches, communication, limits, order, eager, deep)
+            if actions is None:
+                continue
+            timeline = simulate(actions, costs, communication=communication)
+            if cap is not None and max(timeline.peak) > cap:
+                continue
+            key = (round(timeline.makespan, 9), max(timeline.peak))
+            if best is None or key < best[:2]:
+                best = (*key, actions)
+    if best is None:
+        raise RuleError("no schedule keeps the cap", remedy="raise the cap, or cut the model into more stages")
+    timeline = simulate(best[2], costs, communication=communication)
+    return Optimised(best[2], timeline, lower_bound(costs, place, micro_batches, communication))
+
+
+def _greedy(
+    costs: Sequence[StageCost],
+    place: Sequence[int],
+    micro_batches: int,
+    communication: float,
+    limits: Sequence[float],
+    order: str,
+    eager: bool,
+    deep: bool,
+) -> list[list[Action]] | None:
+    """One run: whenever a process is free, the best of what is ready; None if it stops.
+
+    `limits` are the bytes that each process may hold, `order` the kinds by preference. `eager`: of forwards, those of
+    later stages go first. `deep`: weight gradients wait if something else could start before they are half over.
+    """
+    last, ranks = len(costs) - 1, max(place) + 1
+    waiting: list[dict[Action, float]] = [{} for _ in range(ranks)]
+    waiting[place[0]] = {Action("F", 0, mb): 0.0 for mb in range(micro_batches)}
+    live = [0.0] * ranks
+    clock = [0.0] * ranks
+    made: list[list[Action]] = [[] for _ in range(ranks)]
+    total = 3 * len(costs) * micro_batches
+    events = [(0.0, rank) for rank in range(ranks)]
+    heapq.heapify(events)
+
+    def rank_of(action: Action) -> tuple[int, int, int]:
+        stage = -action.stage if (eager or action.kind == "I") else action.stage
+        return order.index(action.kind), action.micro_batch if action.kind != "F" or not eager else 0, stage
+
+    def fits(action: Action) -> bool:
+        if action.kind != "F":
+            held = costs[action.stage].held - costs[action.stage].saved if action.kind == "I" else 0.0
+            return live[place[action.stage]] + held <= limits[place[action.stage]]
+        rank = place[action.stage]
+        # the way back of what is on its way must stay free: first stages leave room for their later ones
+        later = sum(costs[s].saved for s in range(action.stage + 1, last + 1) if place[s] == rank)
+        room = live[rank] + costs[action.stage].saved + later
+        return room <= limits[rank] or (action.stage > 0 and live[rank] + costs[action.stage].saved <= limits[rank])
+
+    idle = 0
+    while sum(map(len, made)) < total and events:
+        now, rank = heapq.heappop(events)
+        if now < clock[rank]:
+            continue
+        ready = waiting[rank]
+        own = [a for a in ready if fits(a)]
+        there = [a for a in own if ready[a] <= now]
+        chosen = min(there, key=lambda a: (*rank_of(a), a.stage), default=None)
+        if chosen is not None and chosen.kind == "W" and deep:
+            # something better may come before it is over
+            soon = [a for a in own if a.kind != "W" and now < ready[a] < now + 0.5 * costs[chosen.stage].weight]
+            if soon:
+                heapq.heappush(events, (min(ready[a] for a in soon), rank))
+                continue
+        if chosen is None:
+            times = [at for at in ready.values() if at > now]
+            if times:
+                heapq.heappush(events, (min(times), rank))
+            idle += 1
+            if idle > 50 * total:
+                return None
+            continue
+        del ready[chosen]
+        stage, mb, kind = chosen.stage, chosen.micro_batch, chosen.kind
+        end = clock[rank] = now + costs[stage].time(kind)
+        made[rank].append(chosen)
+        following: list[tuple[Kind, int]] = []
+        if kind == "F":
+            live[rank] += costs[stage].saved
+            following = [("F", stage + 1)] if stage < last else [("I", stage)]
+        elif kind == "I":
+            live[rank] += costs[stage].held - costs[stage].saved
+            following = [("W", stage)] + ([("I", stage - 1)] if stage else [])  # type: ignore[list-item]
+        else:
+            live[rank] -= costs[stage].held
+        for what, target in following:
+            at = end + (communication if place[target] != rank else 0.0)
+            waiting[place[target]][Action(what, target, mb)] = at
+            if place[target] != rank:
+                heapq.heappush(events, (max(at, clock[place[target]]), place[target]))
+        heapq.heappush(events, (end, rank))
+    return made if sum(map(len, made)) == total else None
