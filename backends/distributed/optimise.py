@@ -174,7 +174,9 @@ def _greedy(
             following = [("F", stage + 1)] if stage < last else [("I", stage)]
         elif kind == "I":
             live[rank] += costs[stage].held - costs[stage].saved
-            following = [("W", stage)] + ([("I", stage - 1)] if stage else [])  # type: ignore[list-item]
+            following = [("W", stage)]
+            if stage:
+                following.append(("I", stage - 1))
         else:
             live[rank] -= costs[stage].held
         for what, target in following:

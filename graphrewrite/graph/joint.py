@@ -676,7 +676,9 @@ class JointGraph(GraphCore):
             stored, rest = given[: len(residuals)], iter(given[len(residuals) :])
             numbers = with_sizes(rest)
             dims = [next(rest) if isinstance(s, fx.Node) else s for s in shape]
-            decoded = coder.decode(stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers)
+            decoded: torch.Tensor = coder.decode(
+                stored, torch.empty(dims, dtype=val.dtype, device=val.device), *numbers
+            )
             return decoded if straight else decoded.permute([order.index(d) for d in range(len(order))])
 
         back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors, stage="", block=info(first).block)
