@@ -233,8 +233,7 @@ class DFAPipeline(_ForwardPipeline):
             loss = torch.stack(each).mean()
             errors = torch.stack(torch.autograd.grad(loss, leaves))
             loss = loss.detach()
-        source = len(self._made) - 1
-        dist.broadcast(errors, group=self._group, group_src=source)
+        dist.broadcast(errors, group=self._group, group_src=len(self._made) - 1)
         for out, error in zip(outputs, errors, strict=True):
             signal = error if self.feedback is None else (error.flatten(1) @ self.feedback).view_as(out)
             out.backward(signal)

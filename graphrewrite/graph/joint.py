@@ -665,7 +665,7 @@ class JointGraph(GraphCore):
             laid_out = tensor if straight else tensor.permute(order)
             if not stream:
                 return coder.encode(laid_out, *numbers)
-            return coder.encode(laid_out, *numbers, draw=Uniform(next(given), stream))  # type: ignore[call-arg]
+            return coder.encode(laid_out, *numbers, draw=Uniform(next(given), stream))
 
         like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
         made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)
