@@ -171,7 +171,7 @@ RESULTS = FOLDER.parent / "benchmarks" / "results"
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    held = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    held = json.loads(file.read_text(encoding="utf-8")).get("rows") if file.is_file() else []
     return [row for row in held if isinstance(row, dict)] if isinstance(held, list) else []
 
 
