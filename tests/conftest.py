@@ -25,16 +25,19 @@ HEAVY = {
     *("resnet", "unet", "lstm", "gru", "moe", "gat", "sage"),
 }
 """Models of the zoo whose capture takes seconds."""
+HEAVIEST = {"llama", "bert", "mamba", "t5", "hf_resnet", "unet", "gru", "gat"}
+"""Those that even backpropagation is not held to by default."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests over the zoo take its small models by default, all of them with `-m slow`; backpropagation always all."""
+    """Tests over the zoo take its small models by default, backpropagation larger ones, `-m slow` all of them."""
     for item in items:
         given = getattr(item, "callspec", None)
-        if given is None or item.path.stem == "test_bp_matrix":
+        if given is None:
             continue
-        if any(isinstance(value, str) and value in HEAVY for value in given.params.values()):
+        heavy = HEAVIEST if item.path.stem == "test_bp_matrix" else HEAVY
+        if any(isinstance(value, str) and value in heavy for value in given.params.values()):
             item.add_marker(pytest.mark.slow)
 
 

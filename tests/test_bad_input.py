@@ -106,7 +106,7 @@ def test_failing_leaves_the_model_alone(model, rule, options):
     [
         ({"rule": "backprop"}, "no rule is named 'backprop'"),
         ({"rule": "dfa{sharde=true}"}, "no option 'sharde'"),
-        ({"backend": "triton"}, "no backend is named 'triton'"),
+        ({"backend": "tritn"}, "no backend is named 'tritn'"),
         ({"verify": "always"}, "verify='always' is unknown"),
         ({"passes": ["fold"]}, "no pass is named 'fold'"),
     ],

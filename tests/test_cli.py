@@ -371,6 +371,7 @@ def test_certify_tells_the_rules_apart_and_why_one_is_refused(run: Run) -> None:
     assert path[-1] == "parameter 2.weight"
 
 
+@pytest.mark.slow
 def test_certify_without_a_rule_takes_every_rule_there_is(run: Run) -> None:
     data = run("certify", ":two_layers", "--json").data
     names = [one["rule"].partition("{")[0] for one in data["rules"]]

@@ -58,6 +58,7 @@ def test_heads_answer_alone(rule, bias):
     assert compiled.training
 
 
+@pytest.mark.slow
 def test_goodness_answers_alone_and_zeros_are_those_of_the_neutral_pass():
     compiled, model, x, _ = compiled_mlp("ff")
 

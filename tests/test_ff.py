@@ -268,6 +268,7 @@ def test_hybrid_images_mix_two_images_in_large_regions():
     assert edges < 0.5 * (rough[:, 0].diff(dim=-1) != 0).float().mean()
 
 
+@pytest.mark.slow
 def test_hybrid_negatives_train_without_labels_in_the_input():
     torch.manual_seed(1)
     model = _Images().double()
@@ -380,6 +381,7 @@ def test_no_later_parameter_enters_a_gradient(rule):
     assert downstream_changes(rule) == (False, False)
 
 
+@pytest.mark.slow
 def test_collaboration_of_all_layers_reads_later_blocks_and_the_certificate_says_so():
     assert downstream_changes("ff{collaboration=all}") == (True, False)
     certificates = gr.compile(mlp(), "ff{collaboration=all}").materialize(*batch()).report().certificates

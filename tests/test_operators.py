@@ -212,7 +212,7 @@ def steps(dtype, *sizes):
     return [(torch.randn(n, 8, dtype=dtype), None) for n in sizes or (5, 5, 3)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", ["vectors", "images"])
 def test_bitwise(kind, dtype):
     """One capture of all operators serves both batch sizes."""

@@ -37,7 +37,7 @@ MODELS = {
     "forward_gnn": ("gcn", "gat", "sage"),
 }
 REFUSED = {("ff", "gpt2"): "floating-point input"}
-QUICK = {"mlp", "gcn"}
+QUICK = {"mlp"}
 
 
 def pairs():

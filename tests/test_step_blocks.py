@@ -90,6 +90,7 @@ def test_statistics_dropout_and_one_optimizer_for_all():
     assert_same_course(make, [case.batch(4), case.batch(6)], optimizers=lambda c: adam(c.parameters()))
 
 
+@pytest.mark.slow
 def test_a_tied_parameter_is_updated_behind_its_last_block():
     case = zoo.make("gpt")
     batches = [case.batch(3), case.batch(3)]

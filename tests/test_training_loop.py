@@ -771,7 +771,7 @@ def _worker(rank: int, port: int, rule: str, state: dict[str, torch.Tensor], res
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("rule", ["bp", pytest.param("dfa", marks=pytest.mark.slow), "ff{peer=0}"])
+@pytest.mark.parametrize("rule", ["bp", *(pytest.param(r, marks=pytest.mark.slow) for r in ("dfa", "ff{peer=0}"))])
 def test_two_workers_are_one_process_on_the_joint_batch(rule, tmp_path):
     compiled = shared(rule, plain, torch.float64)
     model = compiled.module
