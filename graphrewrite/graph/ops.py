@@ -78,6 +78,19 @@ MATMULS = frozenset(
         aten.matmul.default,
     }
 )
+POOLS = frozenset(
+    {
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.max_pool3d.default,
+        aten.avg_pool1d.default,
+        aten.avg_pool2d.default,
+        aten.avg_pool3d.default,
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.adaptive_avg_pool3d.default,
+    }
+)
 CONVOLUTIONS = frozenset(
     {
         aten.conv1d.default,

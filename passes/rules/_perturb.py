@@ -27,7 +27,15 @@ from graphrewrite.graph.nodes import (
     spec_of,
     value,
 )
-from graphrewrite.graph.ops import ACTIVATIONS, ATTENTIONS, CONVOLUTIONS, EMBEDDINGS, NORMALISATIONS, is_pointwise
+from graphrewrite.graph.ops import (
+    ACTIVATIONS,
+    ATTENTIONS,
+    CONVOLUTIONS,
+    EMBEDDINGS,
+    NORMALISATIONS,
+    POOLS,
+    is_pointwise,
+)
 
 aten = torch.ops.aten
 
@@ -158,21 +166,13 @@ _KEEPING = (
     | ATTENTIONS
     | CONVOLUTIONS
     | EMBEDDINGS
+    | POOLS
     | {
         aten.linear.default,
         aten.layer_norm.default,
         aten.native_layer_norm.default,
         aten.rms_norm.default,
         aten.group_norm.default,
-        aten.max_pool1d.default,
-        aten.max_pool2d.default,
-        aten.max_pool3d.default,
-        aten.avg_pool1d.default,
-        aten.avg_pool2d.default,
-        aten.avg_pool3d.default,
-        aten.adaptive_avg_pool1d.default,
-        aten.adaptive_avg_pool2d.default,
-        aten.adaptive_avg_pool3d.default,
         aten.constant_pad_nd.default,
         aten.reshape.default,
         aten.view.default,

@@ -31,22 +31,13 @@ from graphrewrite.graph.nodes import (
     is_float,
     value,
 )
-from graphrewrite.graph.ops import ACTIVATIONS, ATTENTIONS, is_pointwise, is_random
+from graphrewrite.graph.ops import ACTIVATIONS, ATTENTIONS, POOLS, is_pointwise, is_random
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
 aten = torch.ops.aten
 
-_POOLS = {
-    aten.max_pool1d.default,
-    aten.max_pool2d.default,
-    aten.max_pool3d.default,
-    aten.avg_pool1d.default,
-    aten.avg_pool2d.default,
-    aten.avg_pool3d.default,
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default,
+_POOLS = POOLS | {
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.clone.default,
