@@ -3,6 +3,7 @@
     python benchmarks/feedback_mnist.py --data FOLDER             # all of MNIST, 10 epochs
     python benchmarks/feedback_mnist.py --data FOLDER --small     # 6,000 images, 10 epochs: minutes on one core
     python benchmarks/feedback_mnist.py --data FOLDER --nets lenet --samples 20000
+    python benchmarks/feedback_mnist.py --data FOLDER --nets mlp_adam --rules bp fa usf
 
 Plain SGD, the rate falling linearly to zero. The MLP is the weight-mirror paper's (784-500-10, sigmoid, rate 0.3, batch
 128, no decay) under one rate. LeNet has ReLU, batch 64, momentum 0.9 and weight decay 1e-3 as in biotorch; its rates
@@ -45,6 +46,7 @@ class Setup:
     rates: dict[str, float] = field(default_factory=dict)
     shrink: float = 2.8
     """pfa's first epoch shrinks the difference between its path weights and B^T W by exp(-shrink)."""
+    adam: bool = False
 
     def rules(self, steps: int) -> list[str]:
         """The rules; `steps` is the length of an epoch."""
@@ -67,6 +69,8 @@ def mlp() -> nn.Module:
 
 SETUPS = {
     "mlp": Setup(mlp, True, 128, 0.3, 0.0, 0.0),
+    # steps that do not depend on the size of the feedback: what is left is its direction
+    "mlp_adam": Setup(mlp, True, 128, 1e-3, 0.0, 0.0, adam=True),
     # weight_mirror diverged at a quarter of the common rate, which is its paper's ratio
     "lenet": Setup(lenet, False, 64, 0.05, 0.9, 1e-3, {"fa": 0.01, "dfa": 0.005, "weight_mirror": 0.005}, 0.9),
 }
@@ -82,7 +86,11 @@ def learners_of(setup: Setup, data: Dataset, budget: Budget, only: Sequence[str]
         name = one.rules[0].name
         rate = setup.rates.get(name, setup.rate)
         parameters = one.compiled.parameters()
-        one.optimizer = torch.optim.SGD(parameters, lr=rate, momentum=setup.momentum, weight_decay=setup.decay)
+        one.optimizer = (
+            torch.optim.Adam(parameters, lr=rate)
+            if setup.adam
+            else torch.optim.SGD(parameters, lr=rate, momentum=setup.momentum, weight_decay=setup.decay)
+        )
         if name == "weight_mirror":
             one.compiled.feedback_phase(times=steps)
     return learners

@@ -135,6 +135,8 @@ def test_every_module_can_be_imported_and_says_what_it_is_for(path):
     if parts[-1] == "__main__":
         assert ast.get_docstring(ast.parse(path.read_text()))  # importing it would run it
         return
+    if "kernels" in parts and parts[-1] != "kernels":
+        pytest.importorskip("triton")
     assert importlib.import_module(name).__doc__
 
 
