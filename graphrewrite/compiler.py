@@ -81,7 +81,7 @@ def build_program(
         kind: What the program is for.
         inputs: Example inputs.
         targets: Example targets, for the kinds that have a loss.
-        probe: Example values of a graph's placeholders, for `verify="numeric"`.
+        probe: Example values of a graph's placeholders, for `verify="numeric"` and for passes that measure.
     """
     pipeline = _Pipeline(options, probe, kind)
     captured = _capture(model, options, kind, inputs, targets)
@@ -96,8 +96,8 @@ def build_program(
             graph.leaves[node] = None
     graph.current_pass = "differentiate"
     differentiate(graph, seeded=kind in ("forward", "loss", "evaluate"))
-    compresses = options.compress is not None and kind in ("forward", "loss")
-    if compresses and getattr(options.compress, "relative", False) and any(r.name != "bp" for _, r in rules):
+    compress = options.compress if kind in ("forward", "loss") else None
+    if getattr(compress, "relative", False) and any(r.name != "bp" for _, r in rules):
         graph.context.bp_bytes = _saved_by_backpropagation(graph)
     pipeline.stage("differentiate", graph)
     operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
@@ -140,11 +140,13 @@ def build_program(
     if any(info(n).region for n in graph.forward_nodes()):
         graph = pipeline.run([textform.build("pass", "recompute_regions")], graph)
     extra = [p for p in options.passes if p.level == "aten" and kind != "feedback"]
-    graph.context.example = probe  # type: ignore[assignment]
-    if compresses and options.compress is not None:
-        extra.append(options.compress)
+    if compress is not None:
+        extra.append(compress)
     if extra:
+        # only while they run: it holds the batch and the compiled module
+        graph.context.example = probe
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
+        graph.context.example = None
     if split:
         graph = pipeline.run([textform.build("pass", "split_backward")], graph)
     part = partition(graph)

@@ -90,7 +90,7 @@ class Context:
         training: Whether the graph was captured in training mode.
         seed: The user's seed.
         label_classes: Set by rules that read the targets as class indices: how many classes there are.
-        example: Example values of a graph's placeholders, for passes that measure.
+        example: Example values of a graph's placeholders, for passes that measure; None while no pass runs.
         bp_bytes: What backpropagation saves between forward and backward; None where this graph is backpropagation.
         coder: What encodes and decodes in the place of a codec, to the same bits: a backend's kernels.
     """
@@ -101,7 +101,7 @@ class Context:
     training: bool = True
     seed: int = 0
     label_classes: int | None = None
-    example: Callable[[GraphCore], list[Any]] | None = None
+    example: Callable[[Any], list[Any]] | None = None
     bp_bytes: int | None = None
     coder: Callable[[Any], Any] | None = None
 

@@ -753,16 +753,9 @@ class JointGraph(GraphCore):
                     reader_of[source] = reader
         repeated: dict[fx.Node, fx.Node] = {}
         for node in sorted(reader_of, key=position.__getitem__):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
             own = info(reader_of[node])
-            repeated[node] = self.emit(
-                node.target,  # type: ignore[arg-type]
-                args,
-                kwargs,
-                like=info(node).but(role=Role.COTANGENT, copy=own.copy, block=own.block, stage=""),
-                name=f"{node.name}_again",
-                val=node.meta["val"],
-            )
+            like = info(node).but(role=Role.COTANGENT, copy=own.copy, block=own.block, stage="")
+            repeated[node] = self._again(node, repeated, like)
         for reader in readers:
             for source in reader.all_input_nodes:
                 if source in repeated and isinstance(value(source), (torch.Tensor, tuple, list)):
@@ -772,6 +765,12 @@ class JointGraph(GraphCore):
                 min(again.users).prepend(again)
         self.prune(backward_only=True)
         return len(repeated)
+
+    def _again(self, node: fx.Node, repeated: Mapping[fx.Node, fx.Node], like: NodeInfo) -> fx.Node:
+        """An operator once more, on what was repeated of its inputs."""
+        target: Any = node.target
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
+        return self.emit(target, args, kwargs, like=like, name=f"{node.name}_again", val=node.meta["val"])
 
     def split_backward(self) -> Split:
         """Let weight gradients, and what only they read or feed, run in a stage behind the input cotangents.
@@ -788,10 +787,7 @@ class JointGraph(GraphCore):
         found = find_weight_stage(self)
         repeated: dict[fx.Node, fx.Node] = {}
         for node in found.again:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
-            like = info(node).but(stage="weight")
-            target: Any = node.target
-            repeated[node] = self.emit(target, args, kwargs, like=like, name=f"{node.name}_again", val=node.meta["val"])
+            repeated[node] = self._again(node, repeated, info(node).but(stage="weight"))
         for node in found.nodes:
             node.meta["gr"] = info(node).but(stage="weight")
             for source in node.all_input_nodes:
