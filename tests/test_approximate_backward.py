@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from graphrewrite.passes.compression._approximate import encode
 from graphrewrite.passes.compression._packing import pack, packed_size, unpack
+from graphrewrite.passes.compression._table_backward import encode
 from graphrewrite.passes.compression.approx_bp import PUBLISHED, published_table
 from graphrewrite.passes.compression.fewbit import FewBit
 from graphrewrite.passes.compression.tables import table

@@ -295,7 +295,7 @@ class _Prover:
         if not starts:
             return None
         behind = self._behind[block]
-        everything, parents = self._reach(starts, lambda _n: True)
+        everything, parents = self._reach(starts)
         # a second forward pass may start from a cotangent: what came back to it counts, too
         backward = [n for n in everything if is_backward(n)]
         transport, affine, signs, local = NO, [], [], []
@@ -328,13 +328,8 @@ class _Prover:
             local_reads=_unique(local),
         )
 
-    def _reach(
-        self, starts: Iterable[fx.Node], through: Callable[[fx.Node], bool]
-    ) -> tuple[list[fx.Node], dict[fx.Node, fx.Node | None]]:
-        """Nodes reachable against the data flow, in breadth-first order, with the node each was reached from.
-
-        The walk goes on only through nodes that pass `through`; those that do not are not part of the result.
-        """
+    def _reach(self, starts: Iterable[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, fx.Node | None]]:
+        """Nodes reachable against the data flow, in breadth-first order, with the node each was reached from."""
         parents: dict[fx.Node, fx.Node | None] = dict.fromkeys(starts)
         queue, order = deque(parents), []
         while queue:
@@ -342,8 +337,6 @@ class _Prover:
             order.append(node)
             for source in self.loops.sources(node):
                 if source in parents or not _carries(node, source):
-                    continue
-                if not through(source):
                     continue
                 parents[source] = node
                 queue.append(source)

@@ -34,6 +34,7 @@ class Sensitivity:
     def __init__(self, graph: JointGraph, inputs: Sequence[Any]) -> None:
         self._graph = graph
         self._later = [n for n in graph.nodes if runs_later(n)]
+        self._last_use = {source: node for node in self._later for source in node.all_input_nodes}
         self._grads = [node for spec, node in graph.outputs.items() if isinstance(spec, Grad)]
         self._held: dict[fx.Node, Any] = {}
         given = iter(inputs)
@@ -47,7 +48,6 @@ class Sensitivity:
                     self._held[node] = getattr(graph.module, str(node.target))
                 elif node.op == "call_function" and not runs_later(node):
                     self._held[node] = self._run(node, {})
-        self.runs = 0
         self._exact = self._backward({}, {})
         self._norm = _norm(self._exact)
 
@@ -106,9 +106,7 @@ class Sensitivity:
         return env
 
     def _backward(self, env: dict[fx.Node, Any], spared: dict[fx.Node, set[fx.Node]]) -> list[torch.Tensor]:
-        self.runs = getattr(self, "runs", 0) + 1
         local = dict(env)
-        last_use = {source: node for node in self._later for source in node.all_input_nodes}
         kept = set(self._grads)
         with torch.no_grad():
             for node in self._later:
@@ -116,7 +114,7 @@ class Sensitivity:
                 seen = {k: v for k, v in local.items() if k not in exact} if exact else local
                 local[node] = self._run(node, seen)
                 for source in node.all_input_nodes:
-                    if last_use[source] is node and source not in kept and source not in env:
+                    if self._last_use[source] is node and source not in kept and source not in env:
                         local.pop(source, None)
         return [(local[n] if n in local else self._held[n]).to(torch.float64) for n in self._grads]
 

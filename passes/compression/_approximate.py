@@ -8,15 +8,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from graphrewrite.passes.compression._packing import pack, unpack
-from graphrewrite.passes.compression._regions import Region
-from graphrewrite.passes.compression._samples import Table
 from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.codec import inside
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Constant, Role, info, value
+from graphrewrite.graph.nodes import Constant, Role, info
 from graphrewrite.pipeline import Pass, PassResult
 
 
@@ -72,43 +69,6 @@ class ApproximateBackward(Pass):
             return True
         self.fail(graph, "its derivative was replaced already", node)
         return False
-
-
-def use_table(graph: JointGraph, region: Region, table: Table) -> None:
-    """Let the derivative of a scalar function be a table's: packed codes are all that is kept."""
-    like = info(region.result).but(mirrors=None)
-    argument = value(region.argument)
-    bits = table.bits
-    packed: fx.Node = graph.splice(lambda x: pack(encode(table, x), bits), [region.argument], like=like, whole=False)
-    levels = _levels(graph, table, argument)
-
-    def bwd(residuals: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> torch.Tensor:
-        stored, held = residuals
-        codes = unpack(stored, bits, cotangent.numel()).to(torch.int32)
-        return cotangent * held.index_select(0, codes).view(cotangent.shape)
-
-    graph.replace_vjp(region.result, bwd, residuals=[packed, levels], inputs=[region.argument])
-
-
-def encode(table: Table, x: torch.Tensor) -> torch.Tensor:
-    """The code of each element, uint8: one comparison for each border. NaN has some code, whichever."""
-    start = table.codes[0]
-    found: torch.Tensor | None = None
-    for border, before, after in zip(table.borders, table.codes, table.codes[1:], strict=False):
-        height = abs(after - before)
-        hit = x >= border if after > before else x < border
-        start -= 0 if after > before else height
-        if found is None or height > 1:
-            hit = hit.to(torch.uint8)
-        hit = hit * height if height > 1 else hit
-        found = hit if found is None else found + hit
-    assert found is not None
-    # sums are right modulo 2^bits
-    return found if start == 0 else (found + start % 2**table.bits) & (2**table.bits - 1)
-
-
-def _levels(graph: JointGraph, table: Table, like: torch.Tensor) -> fx.Node:
-    return shared_constant(graph, torch.tensor(table.levels, dtype=like.dtype, device=like.device), "levels")
 
 
 def shared_constant(graph: JointGraph, tensor: torch.Tensor, name: str) -> fx.Node:

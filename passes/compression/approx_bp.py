@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from graphrewrite.passes.compression._approximate import ApproximateBackward, use_table
 from graphrewrite.passes.compression._regions import Region, find_regions
 from graphrewrite.passes.compression._samples import Samples, Scalar, Table
-from graphrewrite.passes.compression.fewbit import check_bits, kept_anyway, located
+from graphrewrite.passes.compression._table_backward import TableBackward, check_bits
 from graphrewrite.passes.compression.tables import table
-from torch import fx
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
@@ -36,7 +34,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class ApproxBP(ApproximateBackward):
+class ApproxBP(TableBackward):
     """Let the derivative of an activation be that of the continuous piecewise linear function nearest to it.
 
     The forward is exact. The backward's theory bounds the error of the gradient by the distance of the *primitives*:
@@ -67,43 +65,24 @@ class ApproxBP(ApproximateBackward):
         if self.constants == "published" and self.bits != 2:
             raise RuleError(f"the published constants are for 2 bits, not {self.bits}", remedy="use constants=derived")
 
-    def rewrite(self, graph: JointGraph, wanted: Callable[[fx.Node], bool]) -> int:
-        """The activations that constants are known for, or all."""
-        count = 0
-        for region in find_regions(graph, written_out=self.constants == "derived"):
-            if wanted(region.result) and self._take(graph, region):
-                count += 1
-        return count
+    def regions(self, graph: JointGraph) -> Iterable[Region]:
+        """The activations that constants are known for, or all scalar functions."""
+        return find_regions(graph, written_out=self.constants == "derived")
 
-    def _take(self, graph: JointGraph, region: Region) -> bool:
+    def takes(self, graph: JointGraph, region: Region) -> bool:
+        """With published constants, the activations that have some; says so of the others."""
         target = region.result.target
-        if not all(self.untouched(graph, node) for node in region.operators):
-            return False
-        if self.constants == "published" and target not in PUBLISHED:
-            if target not in ACTIVATIONS:
-                return False
+        if self.constants == "derived" or target in PUBLISHED:
+            return True
+        if target in ACTIVATIONS:
             self.fail(graph, "no constants are published for it: constants=derived computes them", region.result)
-            return False
-        kept = None if self.always else kept_anyway(graph, region)
-        if kept == "":
-            return False
-        if kept is not None:
-            self.fail(graph, kept, region.result)
-            return False
-        try:
-            if self.constants == "published":
-                found = published_table("gelu" if target is aten.gelu.default else "silu")
-            else:
-                found = table(region, self.bits, objective="primitive", pinned=True, key=region.key)
-        except RuleError as error:
-            if self.named(region.result):
-                raise located(error, region.result) from error
-            self.fail(graph, error.message, region.result)
-            return False
-        if not found.borders:
-            return False
-        use_table(graph, region, found)
-        return True
+        return False
+
+    def table_of(self, region: Region) -> Table:
+        """The published table, or the derived one."""
+        if self.constants == "published":
+            return published_table("gelu" if region.result.target is aten.gelu.default else "silu")
+        return table(region, self.bits, objective="primitive", pinned=True, key=region.key)
 
 
 @functools.cache
