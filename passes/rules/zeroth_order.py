@@ -17,7 +17,7 @@ from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.loop import labelled
-from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, fix, info, spec_of, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, ancestors, fix, info, spec_of, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
@@ -147,13 +147,7 @@ class ZerothOrder(Rule):
 
     def _leaves(self, graph: JointGraph, loss: fx.Node) -> list[fx.Node]:
         """The weights that the loss depends on; the others keep no gradient."""
-        reached: set[fx.Node] = set()
-        stack = [loss]
-        while stack:
-            node = stack.pop()
-            if node not in reached:
-                reached.add(node)
-                stack += node.all_input_nodes
+        reached = ancestors([loss])
         return [leaf for leaf in trained_leaves(graph) if leaf in reached]
 
     def _by_direction(self, graph: JointGraph, leaves: Sequence[fx.Node], loss: fx.Node) -> None:
