@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from graphrewrite.passes.rules._feedback_weights import same_on_all_ranks
 from graphrewrite.passes.rules._replay import Replay, task_loss, trained_leaves
 from torch import fx
 
@@ -282,7 +283,7 @@ class ZerothOrder(Rule):
 
     def counter_of(self, counter: torch.Tensor) -> torch.Tensor:
         """The random counter; without the rank, if directions are shared."""
-        return torch.cat([counter[:2], torch.zeros_like(counter[2:])]) if self.shared else counter
+        return same_on_all_ranks(counter) if self.shared else counter
 
     def _warn_about_variance(self, leaves: Iterable[fx.Node]) -> None:
         width = sum(math.prod(fix(size) for size in value(leaf).shape) for leaf in leaves)
