@@ -30,6 +30,7 @@ from graphrewrite.graph.nodes import (
     Target,
     UserInput,
     UserOutput,
+    ancestors,
     info,
     is_float,
     is_getitem,
@@ -237,8 +238,8 @@ class _Converter:
             )
         leaves = leaves[:-1]
         values = list(dict.fromkeys(outputs[UserOutput(i)] for is_node, i in leaves if is_node))
-        inside = _ancestors(values)
-        inside |= _ancestors([n for s, n in outputs.items() if isinstance(s, (BufferUpdate, InputUpdate))])
+        inside = ancestors(values)
+        inside |= ancestors([n for s, n in outputs.items() if isinstance(s, (BufferUpdate, InputUpdate))])
         for node in self.graph.forward_nodes():
             if node not in inside:
                 node.meta["gr"] = info(node).but(role=Role.LOSS, block=LOSS_BLOCK)
@@ -285,16 +286,6 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     ):
         names[name] = first.setdefault(id(tensor), name)
     return names
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    seen, stack = set(nodes), list(nodes)
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
 
 
 def _merge_casts(graph: JointGraph) -> None:

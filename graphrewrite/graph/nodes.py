@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
@@ -346,6 +347,18 @@ def outputs_of(node: fx.Node) -> dict[int, fx.Node]:
     if isinstance(value(node), (tuple, list)):
         return {cast("int", user.args[1]): user for user in node.users if is_getitem(user)}
     return {0: node}
+
+
+def ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node] | None = None) -> set[fx.Node]:
+    """What values are computed from, themselves included; with `inside`, along nodes of this set only."""
+    stack = [node for node in nodes if inside is None or node in inside]
+    found = set(stack)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found and (inside is None or source in inside):
+                found.add(source)
+                stack.append(source)
+    return found
 
 
 def nbytes(val: Any) -> int:

@@ -16,7 +16,19 @@ from torch import fx
 
 from graphrewrite.analysis.cost import flops
 from graphrewrite.graph.aliasing import base_of, mutated_bases, owns_no_memory
-from graphrewrite.graph.nodes import Grad, Param, Role, State, Tangent, UserInput, info, nbytes, spec_of, value
+from graphrewrite.graph.nodes import (
+    Grad,
+    Param,
+    Role,
+    State,
+    Tangent,
+    UserInput,
+    ancestors,
+    info,
+    nbytes,
+    spec_of,
+    value,
+)
 from graphrewrite.graph.ops import NORMALISATIONS, is_impure
 from graphrewrite.graph.partition import stages_of
 from graphrewrite.graph.text import operator_name
@@ -45,11 +57,11 @@ def find_weight_stage(graph: JointGraph) -> Split:
     stages = stages_of(graph)
     backward = [n for n in graph.nodes if stages.get(n) == "backward"]
     inside = set(backward)
-    needed = _ancestors((n for spec, n in graph.outputs.items() if _first(spec)), inside)
-    needed |= _ancestors((n for n in backward if is_impure(n)), inside)
+    needed = ancestors((n for spec, n in graph.outputs.items() if _first(spec)), inside)
+    needed |= ancestors((n for n in backward if is_impure(n)), inside)
     waiting = _downstream([n for n in backward if _is_gradient(n) and n not in needed], backward)
     while torn := _torn(waiting, backward):
-        needed |= _ancestors(torn, inside)
+        needed |= ancestors(torn, inside)
         waiting = _downstream([n for n in waiting if _is_gradient(n) and n not in needed], backward)
     again = _place(graph, backward, waiting) if waiting else {}
     order = {node: None for node in graph.nodes if node in waiting}
@@ -70,17 +82,6 @@ def _first(spec: object) -> bool:
 def _is_gradient(node: fx.Node) -> bool:
     own = info(node)
     return own.role is Role.GRADIENT and not own.scales
-
-
-def _ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
-    found = {n for n in nodes if n in inside}
-    stack = list(found)
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source in inside and source not in found:
-                found.add(source)
-                stack.append(source)
-    return found
 
 
 def _downstream(seeds: Iterable[fx.Node], order: Iterable[fx.Node]) -> dict[fx.Node, None]:

@@ -17,6 +17,7 @@ from graphrewrite.graph.nodes import (
     NodeInfo,
     Param,
     Role,
+    ancestors,
     flat_inputs,
     hint,
     info,
@@ -128,7 +129,7 @@ def where_samples_meet(graph: JointGraph, answer: fx.Node, perturbed: Sequence[f
         if not _keeps_batch(node, batch):
             return node, f"dimension 0 of {_shape(node)} is not the batch"
         reached.add(node)
-    before = _before(answer)
+    before = ancestors([answer])
     for op in graph.forward_nodes():
         if op not in before or not any(n in reached for n in op.all_input_nodes):
             continue
@@ -139,17 +140,6 @@ def where_samples_meet(graph: JointGraph, answer: fx.Node, perturbed: Sequence[f
             return op, f"{op.target} may mix samples"
         reached.add(op)
     return None
-
-
-def _before(answer: fx.Node) -> set[fx.Node]:
-    """What a value is computed from, itself included."""
-    found, stack = {answer}, [answer]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                stack.append(source)
-    return found
 
 
 def _keeps_batch(node: fx.Node, batch: str) -> bool:

@@ -8,7 +8,6 @@ generator as ever, and all passes read them. Random operators that read activati
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -115,7 +114,6 @@ class Replay:
         *,
         copy: str,
         role: Role | None = None,
-        stage: str = "",
     ) -> list[torch.Tensor]:
         """Run it.
 
@@ -124,7 +122,6 @@ class Replay:
             inputs: Values of `inputs`.
             copy: Label of the pass.
             role: Role of its operators; None: their own.
-            stage: Stage of its operators.
         """
         fixed = dict(zip(self.inputs, inputs, strict=True))
         env: dict[fx.Node, Any] = {**fixed, **given}
@@ -137,52 +134,26 @@ class Replay:
 
         done: dict[fx.Node, Any] = dict(fixed)
         for node in self.nodes:
-            done[node] = run_node(node, read, copy=copy, role=role, stage=stage)
+            done[node] = run_node(node, read, copy=copy, role=role)
             env.setdefault(node, done[node])
         return [done[node] for node in self.outputs]
 
 
-def run_node(
-    node: fx.Node, read: Callable[[fx.Node], Any], *, copy: str, role: Role | None = None, stage: str = ""
-) -> Any:
+def run_node(node: fx.Node, read: Callable[[fx.Node], Any], *, copy: str, role: Role | None = None) -> Any:
     """Run one operator of the forward again, labelled as what it is in another pass."""
     own = info(node)
-    like = own.but(role=role or own.role, mirrors=None, cotangent_of=None, copy=copy, region="", stage=stage)
+    like = own.but(role=role or own.role, mirrors=None, cotangent_of=None, copy=copy, region="", stage="")
     with labelled(like):
         args, kwargs = fx.map_arg((node.args, node.kwargs), read)
         return call_operator(node.target, args, kwargs)  # type: ignore[arg-type]
 
 
-def trained_leaves(graph: JointGraph, blocks: Iterable[str] | None = None) -> list[fx.Node]:
+def trained_leaves(graph: JointGraph) -> list[fx.Node]:
     """The parameters and learned state that require grad, are read, and belong to the running rule's blocks."""
-    wanted = {block.name for block in graph.rule_blocks()} if blocks is None else set(blocks)
+    wanted = {block.name for block in graph.rule_blocks()}
     found = []
     for leaf in graph.leaves:
         readers = [u for u in leaf.users if u.op == "call_function" and not is_backward(u)]
         if readers and graph.table.block_of(leaf) in wanted and graph.table.is_weightlike(leaf):
             found.append(leaf)
     return found
-
-
-def reaches(leaf: fx.Node, end: fx.Node) -> bool:
-    """Whether a value goes into another one."""
-    stack, seen = [leaf], {leaf}
-    while stack:
-        for user in stack.pop().users:
-            if user is end:
-                return True
-            if user not in seen and user.op == "call_function" and not is_backward(user):
-                seen.add(user)
-                stack.append(user)
-    return False
-
-
-def joined(groups: Sequence[Sequence[fx.Node]]) -> tuple[list[fx.Node], Callable[..., list[list[Any]]]]:
-    """Several lists of nodes as one list without repetition, and a function that takes its values apart again."""
-    flat = list(dict.fromkeys(node for group in groups for node in group))
-    positions = [[flat.index(node) for node in group] for group in groups]
-    return flat, functools.partial(_apart, positions)
-
-
-def _apart(positions: Sequence[Sequence[int]], values: Sequence[Any]) -> list[list[Any]]:
-    return [[values[i] for i in group] for group in positions]

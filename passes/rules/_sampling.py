@@ -15,7 +15,7 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import is_view
 from graphrewrite.graph.differentiate import seed_outputs
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import info, is_backward, is_float, is_getitem, value
+from graphrewrite.graph.nodes import ancestors, info, is_backward, is_float, is_getitem, value
 from graphrewrite.graph.ops import is_random
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule, select
@@ -165,16 +165,7 @@ def _without_noise(graph: JointGraph, node: fx.Node) -> tuple[fx.Node, bool]:
 
 def _draws(node: fx.Node) -> bool:
     """Whether a value is made of random numbers."""
-    stack, seen = [node], {node}
-    while stack:
-        current = stack.pop()
-        if is_random(current):
-            return True
-        for source in current.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return False
+    return any(is_random(source) for source in ancestors([node]))
 
 
 def _read_by_model(sample: fx.Node) -> fx.Node:

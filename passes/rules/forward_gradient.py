@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,28 +133,21 @@ class ForwardGradient(Rule):
                 self._perturb_activities(graph)
         return PassResult(graph, True)
 
-    def _noise(self, graph: JointGraph) -> Noise:
-        return Noise(graph.stream(), self.distribution, self.per_rank)
-
     # --- weights ---------------------------------------------------------------------------------------------------
 
     def _perturb_weights(self, graph: JointGraph) -> None:
         leaves, counter, loss = trained_leaves(graph), graph.counter(), graph.outputs[Loss()]
         self._warn(size_of(leaves), "parameters")
-        noises: dict[fx.Node, list[Noise]] = {leaf: [] for leaf in leaves}
+        draws = self._draws(graph, leaves)
         slopes: list[fx.Node] = []
-        for _ in range(self.tangents):
-            tangents = {}
-            for leaf in leaves:
-                noises[leaf].append(self._noise(graph))
-                tangents[leaf] = noise_node(graph, noises[leaf][-1], counter, leaf)
-            pushed = graph.push_forward(tangents)
+        for drawn in draws:
+            pushed = self._pushed(graph, drawn, counter)
             if loss not in pushed:
                 raise RuleError("the loss does not depend on the parameters of this rule's blocks")
             slopes.append(pushed[loss])
         tangent = graph.loss_tangent(value(loss).dtype)
         for leaf in leaves:
-            graph.redirect(leaf, self._weighted(noises[leaf]), [counter, leaf, tangent, *slopes])
+            graph.redirect(leaf, self._weighted([drawn[leaf] for drawn in draws]), [counter, leaf, tangent, *slopes])
 
     # --- activities ------------------------------------------------------------------------------------------------
 
@@ -167,14 +160,10 @@ class ForwardGradient(Rule):
                 self.fail(graph, f"one directional derivative for the whole batch: {met[1]}", met[0])
                 task = None
         self._warn(size_of(places, per_sample=task is not None), "units")
-        noises: dict[fx.Node, list[Noise]] = {place: [] for place in places}
+        draws = self._draws(graph, places)
         slopes: list[fx.Node] = []
-        for _ in range(self.tangents):
-            tangents = {}
-            for place in places:
-                noises[place].append(self._noise(graph))
-                tangents[place] = noise_node(graph, noises[place][-1], counter, place)
-            pushed = graph.push_forward(tangents)
+        for drawn in draws:
+            pushed = self._pushed(graph, drawn, counter)
             end = loss if task is None else task.answer
             if end not in pushed:
                 raise RuleError(f"{end.name} does not depend on the parameters of this rule's blocks", node=end.name)
@@ -182,7 +171,8 @@ class ForwardGradient(Rule):
         share = graph.loss_tangent(value(loss).dtype) if task is None else task.share_node(graph)
         for place in places:
             inputs = [counter, place, share, *slopes]
-            graph.redirect(place, self._weighted(noises[place]), inputs, consumers=readers(place))
+            noises = [drawn[place] for drawn in draws]
+            graph.redirect(place, self._weighted(noises), inputs, consumers=readers(place))
 
     @staticmethod
     def _slope_per_sample(graph: JointGraph, task: Task, moved: fx.Node) -> fx.Node:
@@ -197,6 +187,18 @@ class ForwardGradient(Rule):
         return made
 
     # --- both ------------------------------------------------------------------------------------------------------
+
+    def _draws(self, graph: JointGraph, perturbed: Sequence[fx.Node]) -> list[dict[fx.Node, Noise]]:
+        """For each tangent, the noise on every perturbed value."""
+        return [
+            {node: Noise(graph.stream(), self.distribution, self.per_rank) for node in perturbed}
+            for _ in range(self.tangents)
+        ]
+
+    @staticmethod
+    def _pushed(graph: JointGraph, drawn: dict[fx.Node, Noise], counter: fx.Node) -> dict[fx.Node, fx.Node]:
+        """The tangents of everything that depends on the perturbed values."""
+        return graph.push_forward({node: noise_node(graph, noise, counter, node) for node, noise in drawn.items()})
 
     def _weighted(self, noises: list[Noise]) -> Callable[..., torch.Tensor]:
         """The mean over tangents of slope x noise, the noise drawn again."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from graphrewrite.passes.rules._feedback_weights import same_on_all_ranks
 from graphrewrite.passes.rules._replay import Replay, task_loss, trained_leaves
 from torch import fx
 
@@ -17,7 +18,7 @@ from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.loop import labelled
-from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, fix, info, spec_of, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, ancestors, fix, info, spec_of, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
@@ -147,13 +148,7 @@ class ZerothOrder(Rule):
 
     def _leaves(self, graph: JointGraph, loss: fx.Node) -> list[fx.Node]:
         """The weights that the loss depends on; the others keep no gradient."""
-        reached: set[fx.Node] = set()
-        stack = [loss]
-        while stack:
-            node = stack.pop()
-            if node not in reached:
-                reached.add(node)
-                stack += node.all_input_nodes
+        reached = ancestors([loss])
         return [leaf for leaf in trained_leaves(graph) if leaf in reached]
 
     def _by_direction(self, graph: JointGraph, leaves: Sequence[fx.Node], loss: fx.Node) -> None:
@@ -288,7 +283,7 @@ class ZerothOrder(Rule):
 
     def counter_of(self, counter: torch.Tensor) -> torch.Tensor:
         """The random counter; without the rank, if directions are shared."""
-        return torch.cat([counter[:2], torch.zeros_like(counter[2:])]) if self.shared else counter
+        return same_on_all_ranks(counter) if self.shared else counter
 
     def _warn_about_variance(self, leaves: Iterable[fx.Node]) -> None:
         width = sum(math.prod(fix(size) for size in value(leaf).shape) for leaf in leaves)
