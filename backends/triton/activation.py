@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from graphrewrite.backends.triton.support import operator, unfit
-from graphrewrite.passes.compression._packing import pack, packed_size, unpack
+from graphrewrite.passes.compression._packing import pack, packed_size, unpack, work_dtype
 from torch.nn import functional as F
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -66,7 +66,7 @@ few_bit_activation = operator(
 
 
 def _backward(g: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, bits: int) -> torch.Tensor:
-    work = torch.float64 if g.dtype == torch.float64 else torch.float32
+    work = work_dtype(g.dtype)
     code = unpack(codes, bits, g.numel()).view(g.shape)
     return (g.to(work) * levels.to(work)[code.to(torch.int64)]).to(g.dtype).contiguous()
 

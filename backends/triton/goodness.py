@@ -10,19 +10,11 @@ from __future__ import annotations
 
 import torch
 from graphrewrite.backends.triton.support import operator, rows_of, unfit
-
-
-def _rows(h: torch.Tensor) -> torch.Tensor:
-    rows = rows_of(h, h.dim() - 1)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _work(h: torch.Tensor) -> torch.dtype:
-    return torch.float64 if h.dtype == torch.float64 else torch.float32
+from graphrewrite.passes.compression._packing import work_dtype
 
 
 def _forward(h: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = h.reshape(h.shape[0], -1).to(_work(h))
+    flat = h.reshape(h.shape[0], -1).to(work_dtype(h.dtype))
     squares = flat.square().sum(1)
     divisor = (squares / flat.shape[1]).sqrt() + eps
     return squares, (flat / divisor[:, None]).to(h.dtype).view(h.shape)
@@ -31,7 +23,7 @@ def _forward(h: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
 def _launch_forward(h: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     from graphrewrite.backends.triton.kernels import goodness
 
-    rows = _rows(h)
+    rows = rows_of(h, h.dim() - 1)
     squares = torch.empty(rows.shape[0], dtype=torch.float32, device=h.device)
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     goodness.forward[(rows.shape[0],)](rows, out, squares, rows.stride(0), rows.shape[1], eps)
@@ -42,7 +34,7 @@ ff_goodness = operator(
     "ff_goodness(Tensor h, float eps) -> (Tensor, Tensor)",
     reference=_forward,
     launch=_launch_forward,
-    fake=lambda h, eps: (h.new_empty(h.shape[0], dtype=_work(h)), h.new_empty(h.shape)),
+    fake=lambda h, eps: (h.new_empty(h.shape[0], dtype=work_dtype(h.dtype)), h.new_empty(h.shape)),
     why_not=lambda h, eps: unfit(h),
 )
 
@@ -50,7 +42,7 @@ ff_goodness = operator(
 def _backward(
     g_squares: torch.Tensor, g_out: torch.Tensor | None, h: torch.Tensor, squares: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    flat = h.reshape(h.shape[0], -1).to(_work(h))
+    flat = h.reshape(h.shape[0], -1).to(work_dtype(h.dtype))
     factor = 2 * g_squares.to(flat.dtype)
     if g_out is None:
         return (flat * factor[:, None]).to(h.dtype).view(h.shape)
@@ -67,8 +59,8 @@ def _launch_backward(
 ) -> torch.Tensor:
     from graphrewrite.backends.triton.kernels import goodness
 
-    rows = _rows(h)
-    g_rows = None if g_out is None else _rows(g_out)
+    rows = rows_of(h, h.dim() - 1)
+    g_rows = None if g_out is None else rows_of(g_out, g_out.dim() - 1)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     goodness.backward[(rows.shape[0],)](
         rows, squares.contiguous(), g_squares.contiguous(), g_rows, dh,

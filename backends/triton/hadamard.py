@@ -13,7 +13,7 @@ import math
 import torch
 from graphrewrite.backends.triton.quantise import levels
 from graphrewrite.backends.triton.support import operator, unfit
-from graphrewrite.passes.compression._packing import round_up
+from graphrewrite.passes.compression._packing import round_up, work_dtype
 
 from graphrewrite import random
 
@@ -21,7 +21,7 @@ LONGEST = 2048
 
 
 def _reference(x: torch.Tensor, group: int) -> torch.Tensor:
-    work = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    work = x.to(work_dtype(x.dtype))
     return _transform(work, group).to(x.dtype)
 
 
@@ -68,7 +68,7 @@ def _reference_codes(
     x: torch.Tensor, counter: torch.Tensor, stream: int, group: int, bits: int, stochastic: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     top = levels(bits, True)
-    rows = _transform(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32), group).view(-1, group)
+    rows = _transform(x.to(work_dtype(x.dtype)), group).view(-1, group)
     high = rows.abs().amax(1)
     step = round_up(high / top + high * 0, torch.bfloat16)
     codes = rows / torch.where(step == 0, 1.0, step).to(rows.dtype)[:, None]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from graphrewrite.backends.triton.support import next_power_of_two, operator, rows_of, unfit
+from graphrewrite.passes.compression._packing import work_dtype
 
 LONGEST = 16384
 """Elements of the longest row that one program holds."""
@@ -25,16 +26,6 @@ def _why_not(*tensors: torch.Tensor | None, width: Any) -> str:
     if not reason and isinstance(width, int) and width > LONGEST:
         reason = f"a row of {width} elements is longer than {LONGEST}"
     return reason
-
-
-def _rows(x: torch.Tensor, dims: int) -> torch.Tensor:
-    """Rows with unit stride inside; strided rows are read as they are, everything else is copied."""
-    rows = rows_of(x, dims)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _work(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # --- layer norm ----------------------------------------------------------------------------------------------------
@@ -51,7 +42,7 @@ def _launch_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from graphrewrite.backends.triton.kernels import norms
 
-    rows, dims = _rows(x, len(shape)), len(shape)
+    rows, dims = rows_of(x, len(shape)), len(shape)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kept = [*x.shape[: x.dim() - dims], *[1] * dims]
     mean = torch.empty(kept, dtype=torch.float32, device=x.device)
@@ -67,7 +58,7 @@ def _launch_layer_norm(
 def _fake_layer_norm(
     x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kept = x.new_empty([*x.shape[: x.dim() - len(shape)], *[1] * len(shape)], dtype=_work(x))
+    kept = x.new_empty([*x.shape[: x.dim() - len(shape)], *[1] * len(shape)], dtype=work_dtype(x.dtype))
     return x.new_empty(x.shape), kept, torch.empty_like(kept)
 
 
@@ -106,7 +97,7 @@ def _launch_layer_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from graphrewrite.backends.triton.kernels import norms
 
-    g_rows, x_rows = _rows(g, len(shape)), _rows(x, len(shape))
+    g_rows, x_rows = rows_of(g, len(shape)), rows_of(x, len(shape))
     count, width = x_rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     norms.backward[(count,)](
@@ -157,7 +148,7 @@ layer_norm_backward = operator(
 
 def _ms_norm(x: torch.Tensor, dims: int, eps: float, rms: bool) -> tuple[torch.Tensor, torch.Tensor]:
     over = tuple(range(-dims, 0))
-    h = x.to(_work(x))
+    h = x.to(work_dtype(x.dtype))
     if not rms:
         h = h - h.mean(over, keepdim=True)
     rstd = torch.rsqrt(h.square().mean(over, keepdim=True) + eps)
@@ -167,7 +158,7 @@ def _ms_norm(x: torch.Tensor, dims: int, eps: float, rms: bool) -> tuple[torch.T
 def _launch_ms_norm(x: torch.Tensor, dims: int, eps: float, rms: bool) -> tuple[torch.Tensor, torch.Tensor]:
     from graphrewrite.backends.triton.kernels import norms
 
-    rows = _rows(x, dims)
+    rows = rows_of(x, dims)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty([*x.shape[: x.dim() - dims], *[1] * dims], dtype=torch.float32, device=x.device)
     norms.forward[(rows.shape[0],)](
@@ -178,7 +169,7 @@ def _launch_ms_norm(x: torch.Tensor, dims: int, eps: float, rms: bool) -> tuple[
 
 
 def _fake_ms_norm(x: torch.Tensor, dims: int, eps: float, rms: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty([*x.shape[: x.dim() - dims], *[1] * dims], dtype=_work(x))
+    return x.new_empty(x.shape), x.new_empty([*x.shape[: x.dim() - dims], *[1] * dims], dtype=work_dtype(x.dtype))
 
 
 ms_norm = operator(
@@ -192,7 +183,7 @@ ms_norm = operator(
 
 def _ms_norm_backward(g: torch.Tensor, z: torch.Tensor, rstd: torch.Tensor, dims: int, rms: bool) -> torch.Tensor:
     over = tuple(range(-dims, 0))
-    cotangent, normalised = g.to(_work(g)), z.to(_work(g))
+    cotangent, normalised = g.to(work_dtype(g.dtype)), z.to(work_dtype(g.dtype))
     dx = cotangent - normalised * (cotangent * normalised).mean(over, keepdim=True)
     if not rms:
         dx = dx - cotangent.mean(over, keepdim=True)
@@ -204,7 +195,7 @@ def _launch_ms_norm_backward(
 ) -> torch.Tensor:
     from graphrewrite.backends.triton.kernels import norms
 
-    g_rows, z_rows = _rows(g, dims), _rows(z, dims)
+    g_rows, z_rows = rows_of(g, dims), rows_of(z, dims)
     dx = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     norms.backward[(g_rows.shape[0],)](
         g_rows, z_rows, None, None, rstd.contiguous(), dx, g_rows.stride(0), z_rows.stride(0), g_rows.shape[1],

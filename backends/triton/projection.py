@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from graphrewrite.backends.triton.support import interpreting, operator, unfit
+from graphrewrite.passes.compression._packing import work_dtype
 
 from graphrewrite import random
 from graphrewrite.errors import RuleError
@@ -27,7 +28,7 @@ def matrix(
 ) -> torch.Tensor:
     """The matrix itself, for those who want to look at it."""
     size = [inner, features]
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    work = work_dtype(dtype)
     if distribution == "uniform":
         drawn = 2 * random.uniform(counter, stream, size, work) - 1
     elif distribution == "signs":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,14 +75,12 @@ class Kernel:
         reference: Plain PyTorch; what the CPU runs, and what a kernel is tested against.
         launch: Runs the Triton kernel on the same arguments.
         why_not: The reason for which the kernel does not take these arguments, "" if it does; fake values will do.
-        traffic: Bytes that must cross memory for these arguments and results: what a roofline divides by bandwidth.
     """
 
     name: str
     reference: Callable[..., Any]
     launch: Callable[..., Any]
     why_not: Callable[..., str]
-    traffic: Callable[..., int] = field(compare=False)
 
     @property
     def op(self) -> Any:
@@ -115,7 +114,7 @@ def operator(
         why_not: See `Kernel`.
     """
     name = schema.partition("(")[0]
-    kernel = Kernel(name, reference, launch, why_not, traffic)
+    kernel = Kernel(name, reference, launch, why_not)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, kernel, "CUDA")
@@ -141,15 +140,10 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def warps_for(block: int) -> int:
-    """How many warps a block of that many elements keeps busy."""
-    return 4 if block < 2048 else 8 if block < 8192 else 16
+def rows_of(x: torch.Tensor, dims: int) -> torch.Tensor:
+    """A tensor as a matrix whose rows hold the last `dims` dimensions, with unit stride inside.
 
-
-def rows_of(x: torch.Tensor, dims: Sequence[int] | int) -> torch.Tensor:
-    """A tensor as a matrix whose rows hold the last `dims` dimensions (or those named); a view where one exists."""
-    count = dims if isinstance(dims, int) else len(dims)
-    width = 1
-    for size in x.shape[x.dim() - count :]:
-        width *= size
-    return x.reshape(-1, width)
+    Strided rows are read as they are, everything else is copied.
+    """
+    rows = x.reshape(-1, math.prod(x.shape[x.dim() - dims :]))
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

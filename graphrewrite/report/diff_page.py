@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import itertools
 from html import escape
 
 from graphrewrite.graph.text import Line
 from graphrewrite.report.diff import BlockDiff, Diff, Row
+from graphrewrite.report.page import page
 
 SIGNS = {"removed": "−", "rerouted": "~", "moved": "›", "added": "+", "kept": ""}
 
@@ -39,21 +39,17 @@ body { max-width: none }
 def diff_page(title: str, diff: Diff) -> str:
     """Both graphs, block by block, with equal operators in one line. Every name of the user's model is escaped."""
     old, new = diff.sides
-    style = importlib.resources.files("graphrewrite.report").joinpath("page.css").read_text(encoding="utf-8")
     changed = sum(bool(block.changes) for block in diff.blocks)
     code = [f"<code>{escape(side)}</code>" for side in (old, new)]
     totals = ", ".join(f"{diff.total(kind)} {kind}" for kind in ("removed", "rerouted", "added", "moved"))
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}: {escape(old)}, {escape(new)}</title><style>{style}{_STYLE}</style></head><body>",
-            f"<h1>{escape(title)}</h1>",
-            f"<p>{totals}; {_numbers(diff.flops, diff.saved_bytes)}. Left: {code[0]}; right: {code[1]}.</p>",
-            '<div class="diff">',
-            *[_block(block, opened=bool(block.changes) and changed <= OPEN) for block in diff.blocks],
-            "</div></body></html>\n",
-        ]
+    return page(
+        f"{title}: {old}, {new}",
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{totals}; {_numbers(diff.flops, diff.saved_bytes)}. Left: {code[0]}; right: {code[1]}.</p>",
+        '<div class="diff">',
+        *[_block(block, opened=bool(block.changes) and changed <= OPEN) for block in diff.blocks],
+        "</div>",
+        style=_STYLE,
     )
 
 

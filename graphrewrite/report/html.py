@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from graphrewrite.report.certificates import PROPERTIES
 from graphrewrite.report.comparison import Comparison, RuleResult
+from graphrewrite.report.page import page
 from graphrewrite.report.svg import Series, line_chart, line_class
 
 ABOUT_ALIGNMENT = (
@@ -20,28 +20,22 @@ ABOUT_ALIGNMENT = (
 def comparison_page(held: Comparison) -> str:
     """The page of a comparison. Every name that comes from the user's model is escaped."""
     title = f"{held.model}: {', '.join(r.rule for r in held.results)}"
-    style = importlib.resources.files("graphrewrite.report").joinpath("page.css").read_text(encoding="utf-8")
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-            f"<h1>{escape(held.model)}</h1>",
-            f"<p>{escape(_setting(held))}</p>",
-            "<h2>Results</h2>",
-            _results(held),
-            "<h2>What is proved about each graph</h2>",
-            _certificates(held.results),
-            "<h2>Accuracy</h2>",
-            _accuracy(held),
-            *_alignments(held),
-            "<h2>Rules</h2>",
-            _table(
-                ["rule", "what it is", "formula"],
-                [[_code(r.rule), escape(r.summary), _code(r.formula)] for r in held.results],
-            ),
-            "</body></html>\n",
-        ]
+    return page(
+        title,
+        f"<h1>{escape(held.model)}</h1>",
+        f"<p>{escape(_setting(held))}</p>",
+        "<h2>Results</h2>",
+        _results(held),
+        "<h2>What is proved about each graph</h2>",
+        _certificates(held.results),
+        "<h2>Accuracy</h2>",
+        _accuracy(held),
+        *_alignments(held),
+        "<h2>Rules</h2>",
+        _table(
+            ["rule", "what it is", "formula"],
+            [[_code(r.rule), escape(r.summary), _code(r.formula)] for r in held.results],
+        ),
     )
 
 

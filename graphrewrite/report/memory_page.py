@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Sequence
 from html import escape
 
 from graphrewrite.graph.partition import Partition
 from graphrewrite.report.memory import LayerGroup, lifetime, range_of
+from graphrewrite.report.page import page
 from graphrewrite.report.schedule import to_svg
 
 ABOUT = "Born and dies: the operators that compute a value and read it last, numbered in the order in which they run."
@@ -24,23 +24,17 @@ def memory_page(part: Partition, title: str, groups: Sequence[LayerGroup], peak:
         peak: The predicted peak of live bytes.
         measured: The measured one, if a step was run.
     """
-    style = importlib.resources.files("graphrewrite.report").joinpath("page.css").read_text(encoding="utf-8")
     marks = {} if measured is None else {"measured peak": measured}
     peaks = f"{peak:,} bytes predicted" + ("" if measured is None else f", {measured:,} bytes measured")
     head = "".join(f"<th>{one}</th>" for one in HEADS)
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-            f"<h1>{escape(title)}</h1>",
-            f"<p>Peak of live bytes: {peaks}. Parameters, buffers and the batch are not counted.</p>",
-            f"<figure>{to_svg(part, title, marks)}</figure>",
-            f"<h2>Saved between forward and backward: {part.saved_bytes:,} bytes</h2>",
-            f"<p>{ABOUT}</p>",
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{_rows(groups)}</tbody></table></div>',
-            "</body></html>\n",
-        ]
+    return page(
+        title,
+        f"<h1>{escape(title)}</h1>",
+        f"<p>Peak of live bytes: {peaks}. Parameters, buffers and the batch are not counted.</p>",
+        f"<figure>{to_svg(part, title, marks)}</figure>",
+        f"<h2>Saved between forward and backward: {part.saved_bytes:,} bytes</h2>",
+        f"<p>{ABOUT}</p>",
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{_rows(groups)}</tbody></table></div>',
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from html import escape
 from typing import Any
 
 from graphrewrite.backends.distributed.simulate import StageCost, Timeline
+from graphrewrite.report.page import page
 from graphrewrite.report.svg import ticks
 
 NAMES = {"F": "forward", "I": "input cotangents", "W": "weight gradients", "B": "backward"}
@@ -114,7 +114,6 @@ def to_svg(timeline: Timeline, title: str) -> str:
 
 def pipeline_page(timeline: Timeline, title: str) -> str:
     """The drawing on a page; one file, no network, no script."""
-    style = importlib.resources.files("graphrewrite.report").joinpath("page.css").read_text(encoding="utf-8")
     peaks = "".join(
         f'<tr><td>process {rank}</td><td class="number">{peak:,.0f}</td></tr>'
         for rank, peak in enumerate(timeline.peak)
@@ -123,15 +122,10 @@ def pipeline_page(timeline: Timeline, title: str) -> str:
         f"Simulated, nothing was run: {100 * timeline.bubble:.1f} % of the processes' time is spent waiting. "
         "Time is counted in operations and moved elements."
     )
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-            f"<h1>{escape(title)}</h1><p>{about}</p><figure>{to_svg(timeline, title)}</figure>",
-            f"<table><thead><tr><th></th><th>peak bytes</th></tr></thead><tbody>{peaks}</tbody></table>",
-            "</body></html>\n",
-        ]
+    return page(
+        title,
+        f"<h1>{escape(title)}</h1><p>{about}</p><figure>{to_svg(timeline, title)}</figure>",
+        f"<table><thead><tr><th></th><th>peak bytes</th></tr></thead><tbody>{peaks}</tbody></table>",
     )
 
 

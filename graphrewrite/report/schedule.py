@@ -5,7 +5,6 @@ Time is counted in operators, one step each: nothing is run. Bytes are those of 
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +17,7 @@ from graphrewrite.analysis.liveness import Curve, backward_curve, forward_curve,
 from graphrewrite.graph.nodes import info, is_backward, is_getitem, nbytes, value
 from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.text import Names, operator_name
+from graphrewrite.report.page import page
 from graphrewrite.report.svg import ticks
 
 PHASES = ("forward", "early local backward", "backward", "backward weight")
@@ -191,18 +191,12 @@ def schedule_page(part: Partition, title: str) -> str:
     )
     heads = ["from step", "phase", "block", "operators", "FLOPs", "peak bytes", "live bytes at its end"]
     head = "".join(f"<th>{one}</th>" for one in heads)
-    style = importlib.resources.files("graphrewrite.report").joinpath("page.css").read_text(encoding="utf-8")
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-            f"<h1>{escape(title)}</h1>",
-            f"<p>{about}</p>",
-            f"<figure>{to_svg(part, title)}</figure><h2>Segments</h2>",
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>',
-            "</body></html>\n",
-        ]
+    return page(
+        title,
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{about}</p>",
+        f"<figure>{to_svg(part, title)}</figure><h2>Segments</h2>",
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>',
     )
 
 
