@@ -5,11 +5,12 @@
 
 A tanh net on images halved to 14 x 14 pixels (a step of zeroth order costs as many numbers as there are weights, and
 learns the less from each), the same initial weights and batches for all, Adam falling to zero. A rule's rate stands
-behind it, `pepita@0.01`; those below were chosen between 3e-3 and 1e-2 (pepita: and 3e-2) on 20,000 training images with
-`--tune`, which measures on training images that it holds out and never looks at the test set; variants of a rule that
-were not tried have the rate of the one that was. Test accuracy (of `compiled.predict`) after every epoch; the step's processor time over
-backpropagation's, medians of interleaved steps, with backpropagation against itself; bytes between forward and backward
-and the measured peak of a step, the gradients subtracted. Writes `results/forward_mnist.json`, or `--name`.
+behind it, `pepita@0.01`; those below were chosen between 3e-3 and 1e-2 (pepita: and 3e-2) on 20,000 training images
+with `--tune`, which measures on training images that it holds out and never looks at the test set; variants of a rule
+that were not tried have the rate of the one that was. Test accuracy (of `compiled.predict`) after every epoch; the
+step's processor time over backpropagation's, medians of interleaved steps, with backpropagation against itself; bytes
+between forward and backward and the measured peak of a step, the gradients subtracted. Writes
+`results/forward_mnist.json`, or `--name`.
 """
 
 from __future__ import annotations

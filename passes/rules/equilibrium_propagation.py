@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from graphrewrite.passes.rules._energy import Layer, settled_blocks
-from graphrewrite.passes.rules._replay import Replay, task_loss, trained_leaves
+from graphrewrite.passes.rules._replay import Replay, refuse_empty_batch, task_loss, trained_leaves
 from torch import fx
 
 from graphrewrite.errors import RuleError
@@ -89,6 +89,7 @@ class EquilibriumPropagation(Rule):
             )
         if not graph.has_loss:
             raise RuleError("equilibrium_propagation needs the loss", remedy="train with compiled.loss(x, y)")
+        refuse_empty_batch(graph, self.name)
         mine = {block.name for block in graph.rule_blocks()}
         other = next((block for block in graph.blocks if block.name not in mine), None)
         if other is not None:
