@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def merged(name: str, setting: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """These rows, and those of other rules that the result file holds from the same setting, in the order of `RULES`."""
+    """These rows, and those that the result file holds of other rules at the same setting, in the order of `RULES`."""
     path = RESULTS / f"{name}.json"
     held = json.loads(path.read_text())["rows"] if path.is_file() else []
     before = held[1:] if held and held[0] == {"setting": setting} else []
