@@ -22,6 +22,7 @@ LOSSY = (
     *("int8{rounding=stochastic}", "int4{rounding=stochastic,symmetric=true}", "int2{rounding=stochastic}"),
     *("fp8", "fp8{format=e5m2,group=5}", "fp16", "bf16", "topk", "topk{fraction=0.5,group=8}"),
     *("hadamard", "hadamard{bits=8,group=16}", "hadamard{bits=2,rounding=stochastic}"),
+    *("lloyd", "lloyd{bits=3,group=16}", "lloyd{bits=2,shape=gated}", "lloyd{shape=rectified,group=7}"),
     *("lowrank{rank=2}", "velora{groups=2}", "velora{groups=1,rank=2}"),
 )
 BY_ROWS = ("lowrank", "velora")
@@ -130,7 +131,7 @@ def test_other_groups_are_not_spoilt(name):
 def test_zeros_stay_zero():
     """The zeros behind a ReLU are exact: the minimum of a group is stored exactly where bfloat16 can."""
     x = torch.randn(64, 16).relu()
-    for name in ("int8", "int4", "int2", "int4{symmetric=true}", "fp8", "fp16", "topk"):
+    for name in ("int8", "int4", "int2", "int4{symmetric=true}", "fp8", "fp16", "topk", "lloyd"):
         assert (round_trip(textform.build("codec", name), x)[x == 0] == 0).all(), name
 
 
