@@ -202,6 +202,41 @@ def test_codecs_are_kernels_and_the_same_bits(codec):
     assert ours.report().saved_bytes == theirs.report().saved_bytes
 
 
+def taken_by(compiled: gr.CompiledModule) -> set[tuple[str, str]]:
+    """The kernels that took nodes, with the stages."""
+    return {(row.kernel, row.stage) for row in compiled.report().coverage if row.backend == "triton"}
+
+
+def pair_of(model: nn.Module, rule: str = "bp", **options) -> tuple[gr.CompiledModule, gr.CompiledModule]:
+    """A model compiled with our kernels, and a copy of it compiled eagerly."""
+    return (
+        gr.compile(model, rule, backend="triton", **options),
+        gr.compile(copy.deepcopy(model), rule, **options),
+    )
+
+
+@WITH_TRITON
+@pytest.mark.parametrize(
+    ("activation", "compress", "fused"),
+    [
+        (nn.GELU(), "fewbit", True),
+        (nn.GELU("tanh"), "fewbit{bits=4}", True),
+        (nn.SiLU(), "approx_bp", True),
+        (nn.Softplus(), "fewbit{bits=2}", False),
+    ],
+)
+def test_few_bit_derivatives_are_kernels(activation, compress, fused):
+    """The activation and the code of its derivative are one kernel; without one for the activation, the code is."""
+    ours, theirs = pair_of(nn.Sequential(nn.Linear(6, 9), activation, nn.Linear(9, 3)), compress=compress)
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    assert_near(train_step(ours, x, y), train_step(theirs, x, y))
+    first = "few_bit_activation" if fused else "few_bit_codes"
+    assert taken_by(ours) == {(first, "forward"), ("few_bit_backward", "backward")}
+    assert ours.report().saved_bytes == theirs.report().saved_bytes
+    counts = [row.kernel for row in ours.report().coverage].count(first)
+    assert counts == (2 if fused else 1)
+
+
 @WITH_TRITON
 def test_triton_leaves_float64_to_eager_and_says_why():
     compiled = gr.compile(perceptron().double(), backend="triton")

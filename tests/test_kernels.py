@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 from graphrewrite.backends.triton import KERNELS, activation, goodness, hadamard, norms, projection, quantise, support
+from graphrewrite.passes.compression._packing import unpack
 from torch.nn import functional as F
 
 from graphrewrite import random
@@ -179,17 +180,22 @@ def test_random_projection_keeps_leading_dimensions():
 
 # --- activations -----------------------------------------------------------------------------------------------------
 
-BORDERS = torch.tensor([-0.4602, 0.0, 0.4602])
+BORDERS = (-0.4602, 0.0, 0.4602)
 LEVELS = torch.tensor([-0.0076, 0.3227, 0.6773, 1.0076])
+
+
+def intervals(x: torch.Tensor, borders: tuple[float, ...]) -> torch.Tensor:
+    edges = torch.tensor(borders, dtype=x.dtype, device=x.device)
+    return (x.flatten()[:, None] >= edges).sum(1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", list(activation.ACTIVATIONS))
 def test_few_bit_activation(kind, dtype):
     x = draw(7, 13, dtype=dtype, scale=2.0)
-    y, codes = activation.few_bit_activation.launch(x, BORDERS.to(DEVICE), kind, 2)
+    y, codes = activation.few_bit_activation.launch(x, BORDERS, (0, 1, 2, 3), kind, 2)
     close(y, activation.ACTIVATIONS[kind](x.double()), dtype)
-    code = (x.float().flatten()[:, None] >= BORDERS.to(DEVICE)).sum(1)
+    code = intervals(x, BORDERS)
     padded = torch.cat([code, torch.zeros_like(code[-1:])])
     planes = padded.view(4, 23)
     expected = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
@@ -199,18 +205,22 @@ def test_few_bit_activation(kind, dtype):
     close(dx, g.double() * LEVELS.to(DEVICE).double()[code].view(7, 13), dtype)
 
 
-@pytest.mark.parametrize(("bits", "borders"), [(1, 1), (4, 15), (8, 3)])
-def test_few_bit_widths(bits, borders):
-    x, edges = draw(101), torch.linspace(-1.5, 1.5, borders, device=DEVICE)
-    y, codes = activation.few_bit_activation.launch(x, edges, "silu", bits)
-    wanted_y, wanted = activation.few_bit_activation.reference(x, edges, "silu", bits)
-    torch.testing.assert_close(y, wanted_y)
-    assert torch.equal(codes, wanted)
-    levels, g = torch.randn(2**bits, device=DEVICE), draw(101)
-    assert torch.equal(
-        activation.few_bit_backward.launch(g, codes, levels, bits),
-        activation.few_bit_backward.reference(g, codes, levels, bits),
-    )
+@pytest.mark.parametrize("count", [101, 96, 9])
+@pytest.mark.parametrize(("bits", "borders"), [(1, 1), (2, 5), (3, 7), (3, 11), (4, 15), (8, 3)])
+def test_few_bit_widths(bits, borders, count):
+    """Codes that serve several intervals each, of every width: in one plane, and in two for three bits."""
+    x, edges = draw(count), tuple(torch.linspace(-1.5, 1.5, borders).tolist())
+    codes = tuple((3 * i) % 2**bits for i in range(borders + 1))
+    y, packed = activation.few_bit_activation.launch(x, edges, codes, "silu", bits)
+    code = torch.tensor(codes, device=DEVICE)[intervals(x, edges)]
+    close(y, F.silu(x.double()), torch.float32)
+    assert torch.equal(unpack(packed, bits, count).to(torch.int64), code)
+    assert torch.equal(activation.few_bit_codes.launch(x, edges, codes, bits), packed)
+    assert torch.equal(activation.few_bit_codes.reference(x, edges, codes, bits), packed)
+    levels, g = torch.randn(2**bits, device=DEVICE), draw(count)
+    dx = activation.few_bit_backward.launch(g, packed, levels, bits)
+    assert torch.equal(dx, g * levels[code])
+    assert torch.equal(dx, activation.few_bit_backward.reference(g, packed, levels, bits))
 
 
 # --- group quantisation ----------------------------------------------------------------------------------------------
@@ -312,7 +322,7 @@ def examples() -> dict[str, tuple]:
     x, rows = draw(4, 32), torch.ones(4, 1, device=DEVICE)
     codes = quantise.quantize_pack.reference(x, counter(), 1, 4, 32, False, False)
     levels = LEVELS.to(DEVICE)
-    few = activation.few_bit_activation.reference(x, BORDERS.to(DEVICE), "gelu", 2)[1]
+    few = activation.few_bit_codes.reference(x, BORDERS, (0, 1, 2, 3), 2)
     weight = torch.ones(32, device=DEVICE)
     return {
         "layer_norm": (x, [32], weight, weight, 1e-5),
@@ -322,7 +332,8 @@ def examples() -> dict[str, tuple]:
         "ff_goodness": (x, 1e-8),
         "ff_goodness_backward": (rows[:, 0], x, x, rows[:, 0], 1e-8),
         "random_projection": (x, counter(), 1, 8, "signs", 1.0),
-        "few_bit_activation": (x, BORDERS.to(DEVICE), "gelu", 2),
+        "few_bit_codes": (x, BORDERS, (0, 3, 1, 2), 2),
+        "few_bit_activation": (x, BORDERS, (0, 1, 2, 3), "gelu", 2),
         "few_bit_backward": (x, few, levels, 2),
         "quantize_pack": (x, counter(), 1, 4, 32, False, True),
         "unpack_dequantize": (codes, [4, 32], torch.float32, 4, 32, False),
@@ -374,8 +385,10 @@ def test_float64_and_empty_tensors_are_refused_with_the_reason(name):
         ("hadamard_transform", lambda: (draw(2, 12), 12), "power of two"),
         ("hadamard_transform", lambda: (draw(2, 12), 8), "not made of groups"),
         ("quantize_pack", lambda: (draw(8), counter(), 1, 3, 8, False, False), "3 bits"),
-        ("few_bit_activation", lambda: (draw(8), BORDERS.to(DEVICE), "gelu", 1), "need more than 1 bits"),
-        ("few_bit_activation", lambda: (draw(8), BORDERS.to(DEVICE), "mish", 2), "mish"),
+        ("few_bit_activation", lambda: (draw(8), BORDERS, (0, 1, 2, 3), "gelu", 1), "need more than 1 bits"),
+        ("few_bit_activation", lambda: (draw(8), BORDERS, (0, 1, 2, 3), "mish", 2), "mish"),
+        ("few_bit_codes", lambda: (draw(8), BORDERS, (0, 1, 2), 2), "codes for 3"),
+        ("few_bit_codes", lambda: (draw(8), BORDERS, (0, 1, 2, 3), 5), "5 bits"),
         ("random_projection", lambda: (draw(2, 3), counter(), 1, 4, "cauchy", 1.0), "cauchy"),
         ("ms_norm", lambda: (torch.empty(1, 20000, device=DEVICE), 1, 1e-5, True), "longer than"),
     ],

@@ -1,0 +1,37 @@
+"""What takes the place of functions of passes and rules in graphs for the Triton backend: one operator of ours each.
+
+A pass asks the graph for the form of a function (`graph.context.form(steps)`) before it traces it. What comes back
+computes the same: codes bit by bit, floating-point results up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from graphrewrite.backends.triton.support import unavailable
+from graphrewrite.passes.compression import _table_backward
+from graphrewrite.passes.compression._samples import Table
+
+ours = torch.ops.graphrewrite
+
+
+def _coded(x: torch.Tensor, table: Table) -> torch.Tensor:
+    found: torch.Tensor = ours.few_bit_codes(x, list(table.borders), list(table.codes), table.bits)
+    return found
+
+
+def _looked_up(cotangent: torch.Tensor, stored: torch.Tensor, levels: torch.Tensor, bits: int) -> torch.Tensor:
+    found: torch.Tensor = ours.few_bit_backward(cotangent, stored, levels, bits)
+    return found
+
+
+def stand_ins() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """By function; none where no kernel can run in this process."""
+    if unavailable():
+        return {}
+    return {
+        _table_backward.coded: _coded,
+        _table_backward.looked_up: _looked_up,
+    }
