@@ -237,6 +237,37 @@ def test_few_bit_derivatives_are_kernels(activation, compress, fused):
     assert counts == (2 if fused else 1)
 
 
+class RootMeanSquare(nn.Module):
+    """RMS norm as Llama writes it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@WITH_TRITON
+@pytest.mark.parametrize(
+    ("norm", "kernels"),
+    [
+        (nn.LayerNorm(8), {("ms_norm_affine", "forward"), ("ms_norm_backward", "backward")}),
+        (nn.RMSNorm(8), {("ms_norm", "forward"), ("ms_norm_backward", "backward")}),
+        (RootMeanSquare(8), {("ms_norm_backward", "backward")}),
+    ],
+    ids=["layer_norm", "rms_norm", "written_out"],
+)
+def test_memory_sharing_norms_are_kernels(norm, kernels):
+    """A layer norm and what is kept of it are one kernel."""
+    model = nn.Sequential(nn.Linear(6, 8), norm, nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+    ours, theirs = pair_of(model, compress="ms_norm")
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    assert_near(train_step(ours, x, y), train_step(theirs, x, y))
+    assert taken_by(ours) == kernels
+    assert ours.report().saved_bytes == theirs.report().saved_bytes
+
+
 @WITH_TRITON
 def test_triton_leaves_float64_to_eager_and_says_why():
     compiled = gr.compile(perceptron().double(), backend="triton")

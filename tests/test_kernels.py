@@ -92,6 +92,21 @@ def test_memory_sharing_norm(dtype, rms):
     close(norms.ms_norm_backward.launch(g, z, rstd, 1, rms), wanted, dtype, slack=8.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_its_normalised_form_at_once(dtype):
+    x, weight, bias = draw(5, 23, dtype=dtype) + 0.5, draw(23, dtype=dtype), draw(23, dtype=dtype)
+    for rms, shift in ((False, bias), (True, None)):
+        y, z, rstd = norms.ms_norm_affine.launch(x, weight, shift, 1, 1e-5, rms)
+        alone, scale = norms.ms_norm.launch(x, 1, 1e-5, rms)
+        assert torch.equal(z, alone)
+        assert torch.equal(rstd, scale)
+        h = x.double()
+        exact = F.rms_norm(h, (23,), eps=1e-5) if rms else F.layer_norm(h, (23,), eps=1e-5)
+        exact = exact * weight.double() + (0.0 if shift is None else shift.double())
+        close(y, exact, dtype)
+        close(norms.ms_norm_affine.reference(x, weight, shift, 1, 1e-5, rms)[0], exact, dtype)
+
+
 def test_norm_reads_strided_rows():
     x = draw(6, 40)[::2, :20]
     z, _ = norms.ms_norm.launch(x, 1, 1e-5, False)
@@ -328,6 +343,7 @@ def examples() -> dict[str, tuple]:
         "layer_norm": (x, [32], weight, weight, 1e-5),
         "layer_norm_backward": (x, x, [32], rows, rows, weight, weight),
         "ms_norm": (x, 1, 1e-5, True),
+        "ms_norm_affine": (x, weight, weight, 1, 1e-5, False),
         "ms_norm_backward": (x, x, rows, 1, False),
         "ff_goodness": (x, 1e-8),
         "ff_goodness_backward": (rows[:, 0], x, x, rows[:, 0], 1e-8),

@@ -90,7 +90,7 @@ def with_kernels(module: fx.GraphModule, part: Partition) -> fx.GraphModule:
 def _call_joined(new: fx.Graph, env: dict[fx.Node, fx.Node], one: Pair, part: Partition) -> None:
     """One call in the place of two nodes, where the first of them stood."""
     args = fx.map_arg(one.args, env.__getitem__)
-    call = new.call_function(one.kernel.launch, args)
+    call = new.call_function(one.launch, args)
     for position, node in enumerate((one.first, one.second)):
         env[node] = new.call_function(operator.getitem, (call, position))
         env[node].meta = dict(node.meta)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from graphrewrite.backends.triton.support import unavailable
-from graphrewrite.passes.compression import _table_backward
+from graphrewrite.passes.compression import _table_backward, ms_norm
 from graphrewrite.passes.compression._samples import Table
 
 ours = torch.ops.graphrewrite
@@ -27,6 +27,18 @@ def _looked_up(cotangent: torch.Tensor, stored: torch.Tensor, levels: torch.Tens
     return found
 
 
+def _measured(
+    x: torch.Tensor, _gamma: torch.Tensor | None, _beta: torch.Tensor | None, eps: float, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z, over = ours.ms_norm(x, 1, eps, not centred)
+    return z, over
+
+
+def _pulled_back(q: torch.Tensor, z: torch.Tensor, over: torch.Tensor, centred: bool) -> torch.Tensor:
+    found: torch.Tensor = ours.ms_norm_backward(q, z, over, 1, not centred)
+    return found
+
+
 def stand_ins() -> dict[Callable[..., Any], Callable[..., Any]]:
     """By function; none where no kernel can run in this process."""
     if unavailable():
@@ -34,4 +46,6 @@ def stand_ins() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         _table_backward.coded: _coded,
         _table_backward.looked_up: _looked_up,
+        ms_norm.measured: _measured,
+        ms_norm.pulled_back: _pulled_back,
     }
