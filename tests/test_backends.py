@@ -269,6 +269,21 @@ def test_memory_sharing_norms_are_kernels(norm, kernels):
 
 
 @WITH_TRITON
+@pytest.mark.parametrize("sketch", ["rademacher", "gaussian"])
+def test_sketches_of_linear_layers_are_kernels(sketch):
+    """The same random numbers, and no random matrix in the graph."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5), nn.GELU(), nn.Linear(5, 3))
+    ours, theirs = pair_of(model, compress=f"randomized_linear{{rate=0.5,sketch={sketch}}}")
+    for size in (6, 9):
+        x, y = torch.randn(size, 6), torch.randint(0, 3, (size,))
+        assert_near(train_step(ours, x, y), train_step(theirs, x, y))
+    assert taken_by(ours) == {("random_projection", "forward"), ("random_projection", "backward")}
+    operators = [row.operator for row in ours.report().coverage]
+    assert "philox" not in operators
+    assert "philox" in [row.operator for row in theirs.report().coverage]
+
+
+@WITH_TRITON
 def test_triton_leaves_float64_to_eager_and_says_why():
     compiled = gr.compile(perceptron().double(), backend="triton")
     x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])

@@ -161,35 +161,37 @@ def test_goodness_of_a_dead_row_has_a_finite_gradient():
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("distribution", projection.DISTRIBUTIONS)
-@pytest.mark.parametrize(("inner", "features"), [(10, 36), (7, 13)])
-def test_random_projection(distribution, inner, features):
+@pytest.mark.parametrize(("inner", "features"), [(12, 36), (7, 13)])
+def test_random_projection(distribution, inner, features, transposed):
     """The matrix is that of `graphrewrite.random`, whether its rows are whole groups of four numbers or not."""
-    size = [inner, features]
+    size = [features, inner] if transposed else [inner, features]
     drawn = {
         "uniform": lambda: 2 * random.uniform(counter(), 4, size) - 1,
         "signs": lambda: random.signs(counter(), 4, size),
         "normal": lambda: random.normal(counter(), 4, size),
     }[distribution]()
+    drawn = drawn.t() if transposed else drawn
     for dtype in DTYPES:
         x = draw(5, inner, dtype=dtype)
-        out = projection.random_projection.launch(x, counter(), 4, features, distribution, 0.5)
+        out = projection.random_projection.launch(x, counter(), 4, features, distribution, 0.5, transposed)
         close(out, x.double() @ (drawn * 0.5).to(dtype).double(), dtype)
 
 
 def test_random_projection_of_a_transposed_operand_is_a_sketch():
     x = draw(9, 5)
-    sketch = projection.random_projection.launch(x.t(), counter(), 2, 4, "signs", 1.0).t()
+    sketch = projection.random_projection.launch(x.t(), counter(), 2, 4, "signs", 1.0, False).t()
     s = random.signs(counter(), 2, [9, 4]).t()
     close(sketch, s.double() @ x.double(), torch.float32)
-    assert torch.equal(sketch, projection.random_projection.launch(x.t(), counter(), 2, 4, "signs", 1.0).t())
-    other = projection.random_projection.launch(x.t(), counter(step=4), 2, 4, "signs", 1.0).t()
+    assert torch.equal(sketch, projection.random_projection.launch(x.t(), counter(), 2, 4, "signs", 1.0, False).t())
+    other = projection.random_projection.launch(x.t(), counter(step=4), 2, 4, "signs", 1.0, False).t()
     assert not torch.equal(sketch, other)
 
 
 def test_random_projection_keeps_leading_dimensions():
     x = draw(2, 3, 6)
-    out = projection.random_projection.launch(x, counter(), 1, 8, "uniform", 1.0)
+    out = projection.random_projection.launch(x, counter(), 1, 8, "uniform", 1.0, False)
     close(out, x.double() @ (2 * random.uniform(counter(), 1, [6, 8]) - 1).double(), torch.float32)
 
 
@@ -347,7 +349,7 @@ def examples() -> dict[str, tuple]:
         "ms_norm_backward": (x, x, rows, 1, False),
         "ff_goodness": (x, 1e-8),
         "ff_goodness_backward": (rows[:, 0], x, x, rows[:, 0], 1e-8),
-        "random_projection": (x, counter(), 1, 8, "signs", 1.0),
+        "random_projection": (x, counter(), 1, 8, "signs", 1.0, False),
         "few_bit_codes": (x, BORDERS, (0, 3, 1, 2), 2),
         "few_bit_activation": (x, BORDERS, (0, 1, 2, 3), "gelu", 2),
         "few_bit_backward": (x, few, levels, 2),
@@ -405,7 +407,7 @@ def test_float64_and_empty_tensors_are_refused_with_the_reason(name):
         ("few_bit_activation", lambda: (draw(8), BORDERS, (0, 1, 2, 3), "mish", 2), "mish"),
         ("few_bit_codes", lambda: (draw(8), BORDERS, (0, 1, 2), 2), "codes for 3"),
         ("few_bit_codes", lambda: (draw(8), BORDERS, (0, 1, 2, 3), 5), "5 bits"),
-        ("random_projection", lambda: (draw(2, 3), counter(), 1, 4, "cauchy", 1.0), "cauchy"),
+        ("random_projection", lambda: (draw(2, 3), counter(), 1, 4, "cauchy", 1.0, False), "cauchy"),
         ("ms_norm", lambda: (torch.empty(1, 20000, device=DEVICE), 1, 1e-5, True), "longer than"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from graphrewrite.backends.triton.support import unavailable
+from graphrewrite.passes.compression import _sketch as _sketches
 from graphrewrite.passes.compression import _table_backward, ms_norm
 from graphrewrite.passes.compression._samples import Table
 
@@ -39,6 +40,16 @@ def _pulled_back(q: torch.Tensor, z: torch.Tensor, over: torch.Tensor, centred: 
     return found
 
 
+def _sketch(distribution: str) -> _sketches.Sketch:
+    def sketch(counter: torch.Tensor, stream: int, rows: torch.Tensor, k: Any) -> torch.Tensor:
+        # (k, N) numbers by rows, read as the transposed matrix behind the transposed rows
+        product = ours.random_projection(rows.t(), counter, stream, k, distribution, 1.0, True)
+        found: torch.Tensor = (product.t() * (1 / k) ** 0.5).to(rows.dtype)
+        return found
+
+    return sketch
+
+
 def stand_ins() -> dict[Callable[..., Any], Callable[..., Any]]:
     """By function; none where no kernel can run in this process."""
     if unavailable():
@@ -46,6 +57,8 @@ def stand_ins() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         _table_backward.coded: _coded,
         _table_backward.looked_up: _looked_up,
+        _sketches.gaussian: _sketch("normal"),
+        _sketches.rademacher: _sketch("signs"),
         ms_norm.measured: _measured,
         ms_norm.pulled_back: _pulled_back,
     }
