@@ -184,7 +184,7 @@ def test_triton_takes_what_its_checkers_accept():
 
 
 @WITH_TRITON
-@pytest.mark.parametrize("codec", ["int4{group=16}", 'int8{group=16,rounding="stochastic"}'])
+@pytest.mark.parametrize("codec", ["hadamard{group=16}", "int4{group=16}", 'int8{group=16,rounding="stochastic"}'])
 def test_codecs_are_kernels_and_the_same_bits(codec):
     """Gradients from saved tensors that a kernel encoded are those of the codec, bit by bit."""
     model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3))

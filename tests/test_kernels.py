@@ -246,18 +246,24 @@ def test_few_bit_widths(bits, borders, count):
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", quantise.WIDTHS)
-@pytest.mark.parametrize(("count", "group"), [(256, 32), (77, 16), (90, 30)])
-def test_quantisation_is_that_of_the_codec(bits, symmetric, stochastic, count, group):
+@pytest.mark.parametrize(
+    ("count", "group", "rotated"), [(256, 32, False), (77, 16, False), (90, 30, False), (250, 32, True), (77, 16, True)]
+)
+def test_quantisation_is_that_of_the_codec(bits, symmetric, stochastic, count, group, rotated):
     """Bitwise: codes, scales, minima, and what they decode to."""
     for dtype in DTYPES:
         x = draw(count, dtype=dtype) + 0.3
-        args = (x, counter(), 6, bits, group, symmetric, stochastic)
+        args = (x, counter(), 6, bits, group, symmetric, stochastic, rotated)
         stored, wanted = quantise.quantize_pack.launch(*args), quantise.quantize_pack.reference(*args)
         assert [t.dtype for t in stored] == [t.dtype for t in wanted]
         for mine, theirs in zip(stored, wanted, strict=True):
             assert torch.equal(mine, theirs)
-        back = quantise.unpack_dequantize.launch(stored, [count], dtype, bits, group, symmetric)
-        assert torch.equal(back, quantise.unpack_dequantize.reference(wanted, [count], dtype, bits, group, symmetric))
+        back = quantise.unpack_dequantize.launch(stored, [count], dtype, bits, group, symmetric, rotated)
+        assert torch.equal(
+            back, quantise.unpack_dequantize.reference(wanted, [count], dtype, bits, group, symmetric, rotated)
+        )
+        if rotated:
+            continue
         step = stored[1].double().repeat_interleave(group)[:count]
         limit = (1.0 if stochastic else 0.5) * 1.02 * step + ROUNDING[dtype] * x.double().abs()
         assert ((back.double() - x.double()).abs() <= limit).all()
@@ -266,10 +272,10 @@ def test_quantisation_is_that_of_the_codec(bits, symmetric, stochastic, count, g
 @pytest.mark.parametrize("bits", quantise.WIDTHS)
 def test_stochastic_rounding_is_unbiased(bits):
     """The mean over many draws differs from x by no more than chance would have it."""
-    draws = 256
+    draws = 128
     x = draw(32)
-    stored = quantise.quantize_pack.launch(x.repeat(draws), counter(), 6, bits, 32, False, True)
-    back = quantise.unpack_dequantize.launch(stored, [draws, 32], x.dtype, bits, 32, False).double()
+    stored = quantise.quantize_pack.launch(x.repeat(draws), counter(), 6, bits, 32, False, True, False)
+    back = quantise.unpack_dequantize.launch(stored, [draws, 32], x.dtype, bits, 32, False, False).double()
     mean, deviation = back.mean(0), back.std(0) / math.sqrt(draws)
     inner = deviation > 1e-7
     z = (mean - x.double())[inner] / deviation[inner]
@@ -282,17 +288,17 @@ def test_a_group_that_is_not_finite_decodes_to_nan():
     x = draw(64)
     x[3], x[40] = float("inf"), float("nan")
     for symmetric in (False, True):
-        stored = quantise.quantize_pack.launch(x, counter(), 1, 4, 16, symmetric, False)
-        back = quantise.unpack_dequantize.launch(stored, [64], x.dtype, 4, 16, symmetric)
+        stored = quantise.quantize_pack.launch(x, counter(), 1, 4, 16, symmetric, False, False)
+        back = quantise.unpack_dequantize.launch(stored, [64], x.dtype, 4, 16, symmetric, False)
         assert back.isnan().view(4, 16).all(1).tolist() == [True, False, True, False]
         assert back.isnan().view(4, 16).any(1).tolist() == [True, False, True, False]
 
 
 def test_quantisation_of_a_strided_tensor():
     x = draw(8, 24).t()
-    stored = quantise.quantize_pack.launch(x, counter(), 1, 8, 32, False, False)
+    stored = quantise.quantize_pack.launch(x, counter(), 1, 8, 32, False, False, False)
     for mine, theirs in zip(
-        stored, quantise.quantize_pack.reference(x, counter(), 1, 8, 32, False, False), strict=True
+        stored, quantise.quantize_pack.reference(x, counter(), 1, 8, 32, False, False, False), strict=True
     ):
         assert torch.equal(mine, theirs)
 
@@ -337,7 +343,7 @@ def test_hadamard_with_quantisation(bits, stochastic):
 
 def examples() -> dict[str, tuple]:
     x, rows = draw(4, 32), torch.ones(4, 1, device=DEVICE)
-    codes = quantise.quantize_pack.reference(x, counter(), 1, 4, 32, False, False)
+    codes = quantise.quantize_pack.reference(x, counter(), 1, 4, 32, False, False, False)
     levels = LEVELS.to(DEVICE)
     few = activation.few_bit_codes.reference(x, BORDERS, (0, 1, 2, 3), 2)
     weight = torch.ones(32, device=DEVICE)
@@ -353,8 +359,8 @@ def examples() -> dict[str, tuple]:
         "few_bit_codes": (x, BORDERS, (0, 3, 1, 2), 2),
         "few_bit_activation": (x, BORDERS, (0, 1, 2, 3), "gelu", 2),
         "few_bit_backward": (x, few, levels, 2),
-        "quantize_pack": (x, counter(), 1, 4, 32, False, True),
-        "unpack_dequantize": (codes, [4, 32], torch.float32, 4, 32, False),
+        "quantize_pack": (x, counter(), 1, 4, 32, False, True, False),
+        "unpack_dequantize": (codes, [4, 32], torch.float32, 4, 32, False, False),
         "hadamard_transform": (x, 16),
         "hadamard_quantize": (x, counter(), 1, 16, 8, True),
     }
@@ -389,7 +395,7 @@ def test_float64_and_empty_tensors_are_refused_with_the_reason(name):
         )  # fmt: skip
 
     if name == "unpack_dequantize":
-        assert "float64" in KERNELS[name].why_not(args[0], [4], torch.float64, 4, 32, False)
+        assert "float64" in KERNELS[name].why_not(args[0], [4], torch.float64, 4, 32, False, False)
         return
     assert "float64" in KERNELS[name].why_not(*changed(torch.Tensor.double))
     assert "empty" in KERNELS[name].why_not(*changed(lambda t: t[:0]))
@@ -402,7 +408,8 @@ def test_float64_and_empty_tensors_are_refused_with_the_reason(name):
     [
         ("hadamard_transform", lambda: (draw(2, 12), 12), "power of two"),
         ("hadamard_transform", lambda: (draw(2, 12), 8), "not made of groups"),
-        ("quantize_pack", lambda: (draw(8), counter(), 1, 3, 8, False, False), "3 bits"),
+        ("quantize_pack", lambda: (draw(8), counter(), 1, 3, 8, False, False, False), "3 bits"),
+        ("quantize_pack", lambda: (draw(8), counter(), 1, 4, 12, False, False, True), "no power of two"),
         ("few_bit_activation", lambda: (draw(8), BORDERS, (0, 1, 2, 3), "gelu", 1), "need more than 1 bits"),
         ("few_bit_activation", lambda: (draw(8), BORDERS, (0, 1, 2, 3), "mish", 2), "mish"),
         ("few_bit_codes", lambda: (draw(8), BORDERS, (0, 1, 2), 2), "codes for 3"),
@@ -426,7 +433,7 @@ def test_more_than_two_to_the_31_elements():
     count = 2**31 + 4096
     x = torch.ones(count, dtype=torch.bfloat16, device="cuda")
     x[-1] = 3.0
-    stored = quantise.quantize_pack.launch(x, counter(), 1, 8, 128, False, False)
-    back = quantise.unpack_dequantize.launch(stored, [count], x.dtype, 8, 128, False)
+    stored = quantise.quantize_pack.launch(x, counter(), 1, 8, 128, False, False, False)
+    back = quantise.unpack_dequantize.launch(stored, [count], x.dtype, 8, 128, False, False)
     assert back[-1].item() == pytest.approx(3.0, rel=0.02)
     assert back[count // 2].item() == 1.0

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from graphrewrite.backends.triton.support import operator, unfit
+from graphrewrite.backends.triton.support import next_power_of_two, operator, unfit
 from graphrewrite.passes.compression._packing import pack, packed_size, unpack
 from torch.nn import functional as F
 
@@ -89,14 +89,14 @@ def _launch(
     if bits == 3 and count % 8 == 0:
         size = count // 8
         activation.forward_three[lambda meta: (-(-size // meta["BLOCK"]),)](
-            flat, edges, steps, y, packed, count, size, KIND=kind, **constants
+            flat, edges, steps, y, packed, count, size, next_power_of_two(count), KIND=kind, **constants
         )
         return y, packed
     start = 0
     for width, shift in ((2, 0), (1, 2)) if bits == 3 else ((bits, 0),):
         size = packed_size(count, width)
         activation.forward[lambda meta, size=size: (-(-size // meta["BLOCK"]),)](
-            flat, edges, steps, y, packed[start:], count, size,
+            flat, edges, steps, y, packed[start:], count, size, next_power_of_two(count),
             KIND="" if start else kind, WIDTH=width, SHIFT=shift, **constants,
         )  # fmt: skip
         start += size
@@ -135,11 +135,11 @@ def _launch_backward(g: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor,
     if bits == 3:
         low, high = packed_size(count, 2), packed_size(count, 1)
         activation.backward_three[lambda meta: (-(-high // meta["BLOCK"]),)](
-            flat, codes, levels.contiguous(), dx, count, low, high, LAST=levels.numel() - 1
+            flat, codes, levels.contiguous(), dx, count, low, high, next_power_of_two(count), LAST=levels.numel() - 1
         )
         return dx
     activation.backward[lambda meta: (-(-codes.numel() // meta["BLOCK"]),)](
-        flat, codes, levels.contiguous(), dx, count, codes.numel(), LAST=levels.numel() - 1, BITS=bits
+        flat, codes, levels.contiguous(), dx, count, codes.numel(), next_power_of_two(count), LAST=levels.numel() - 1, BITS=bits
     )
     return dx
 

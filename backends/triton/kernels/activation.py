@@ -33,19 +33,19 @@ def _value(h, KIND: tl.constexpr):
 
 
 @triton.jit
-def _code(h, borders, steps, FIRST: tl.constexpr, BORDERS: tl.constexpr):
+def _code(h, borders, changes, FIRST: tl.constexpr, BORDERS: tl.constexpr):
     """The first interval's code, and a step up or down at every border that is reached."""
     code = tl.zeros_like(h).to(tl.int32) + FIRST
     for i in tl.static_range(BORDERS):
-        code += tl.where(h >= tl.load(borders + i), tl.load(steps + i), 0)
+        code += tl.where(h >= tl.load(borders + i), tl.load(changes + i), 0)
     return code
 
 
-@tuned(_CONFIGS, key=["count"])
-@triton.jit
+@tuned(_CONFIGS, key=["tuned_for"])
+@triton.jit(do_not_specialize=["tuned_for"])
 def forward(
-    x, borders, steps, y, codes,
-    count, size,
+    x, borders, changes, y, codes,
+    count, size, tuned_for,
     KIND: tl.constexpr, FIRST: tl.constexpr, BORDERS: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def forward(
         element = byte + part * tl.cast(size, tl.int64)
         inside = (byte < size) & (element < count)
         h = tl.load(x + element, mask=inside, other=0.0).to(tl.float32)
-        code = _code(h, borders, steps, FIRST, BORDERS)
+        code = _code(h, borders, changes, FIRST, BORDERS)
         if KIND != "":
             tl.store(y + element, cast(_value(h, KIND), y.dtype.element_ty), mask=inside)
         # what fills the last bytes up are zeros
@@ -64,11 +64,11 @@ def forward(
     tl.store(codes + byte, packed.to(tl.uint8), mask=byte < size)
 
 
-@tuned(_CONFIGS, key=["count"])
-@triton.jit
+@tuned(_CONFIGS, key=["tuned_for"])
+@triton.jit(do_not_specialize=["tuned_for"])
 def forward_three(
-    x, borders, steps, y, codes,
-    count, size,
+    x, borders, changes, y, codes,
+    count, size, tuned_for,
     KIND: tl.constexpr, FIRST: tl.constexpr, BORDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Both planes of 3-bit codes in one pass, for multiples of 8 elements: `size` bytes of third bits."""
@@ -80,7 +80,7 @@ def forward_three(
     for part in tl.static_range(8):
         element = byte + part * tl.cast(size, tl.int64)
         h = tl.load(x + element, mask=inside, other=0.0).to(tl.float32)
-        code = _code(h, borders, steps, FIRST, BORDERS)
+        code = _code(h, borders, changes, FIRST, BORDERS)
         if KIND != "":
             tl.store(y + element, cast(_value(h, KIND), y.dtype.element_ty), mask=inside)
         if part % 2 == 0:
@@ -93,10 +93,10 @@ def forward_three(
     tl.store(codes + 2 * tl.cast(size, tl.int64) + byte, high.to(tl.uint8), mask=inside)
 
 
-@tuned(_CONFIGS, key=["count"])
-@triton.jit
+@tuned(_CONFIGS, key=["tuned_for"])
+@triton.jit(do_not_specialize=["tuned_for"])
 def backward(
-    g, codes, levels, dx, count, size,
+    g, codes, levels, dx, count, size, tuned_for,
     LAST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Codes without a level read the last one."""
@@ -111,9 +111,9 @@ def backward(
         tl.store(dx + element, cast(v, dx.dtype.element_ty), mask=inside)
 
 
-@tuned(_CONFIGS, key=["count"])
-@triton.jit
-def backward_three(g, codes, levels, dx, count, low, high, LAST: tl.constexpr, BLOCK: tl.constexpr):
+@tuned(_CONFIGS, key=["tuned_for"])
+@triton.jit(do_not_specialize=["tuned_for"])
+def backward_three(g, codes, levels, dx, count, low, high, tuned_for, LAST: tl.constexpr, BLOCK: tl.constexpr):
     """3-bit codes of any number of elements: `low` bytes of lower bits, `high` bytes of third ones."""
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     thirds = tl.load(codes + tl.cast(low, tl.int64) + byte, mask=byte < high, other=0).to(tl.int32)
