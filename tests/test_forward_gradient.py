@@ -36,7 +36,7 @@ def compiled_for(model, rule, x, y, **options):
 
 
 def noise(stream: int, shape, counter=COUNTER) -> torch.Tensor:
-    return random.normal(counter, stream, shape, torch.float64)
+    return random.direction(counter, stream, shape, None, "normal", torch.float64)
 
 
 # --- push_forward ----------------------------------------------------------------------------------------------------

@@ -218,12 +218,24 @@ def test_directions_are_standard_normal_and_signs():
     assert abs(normal.mean()) < 4.5 / 200
     assert abs(normal.square().mean() - 1) < 4.5 * math.sqrt(2) / 200
     assert abs((normal**4).mean() - 3) < 4.5 * math.sqrt(96) / 200
-    assert torch.equal(normal, random.normal(drawn, 5, [40000]))
+    # numbers of different streams, pieces of a stream, and the two halves of a pair have nothing to do with each other
+    for other in (random.direction(drawn, 6, [40000], number, "normal"), normal.roll(1), normal.roll(1 << 14)):
+        assert abs((normal * other).mean()) < 4.5 / 200
     sign = random.direction(drawn, 5, [40000], number, "sign")
     assert torch.equal(sign.abs(), torch.ones_like(sign))
     assert abs(sign.mean()) < 4.5 / 200
     other = random.direction(drawn, 5, [40000], number + 1, "normal")
     assert abs((normal * other).mean()) < 4.5 / 200
+
+
+def test_the_generator_of_directions_is_split_mix():
+    """The published sequence for seed 1234567, and the same recurrence in Python integers for one draw."""
+    words = random._split_mix(torch.tensor(1234567), 0, 3)
+    assert [w % 2**64 for w in words.tolist()] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    found = dict(random.in_chunks(torch.tensor([3, 1, 0]), 9, 40000, 2, "normal"))
+    assert list(found) == [0, 1 << 14, 2 << 14]
+    whole = random.direction(torch.tensor([3, 1, 0]), 9, [200, 200], torch.tensor(2), "normal")
+    assert torch.equal(torch.cat(list(found.values())), whole.flatten())
 
 
 # --- reproducible --------------------------------------------------------------------------------------------------

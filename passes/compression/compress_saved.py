@@ -88,14 +88,14 @@ class CompressSaved(Pass):
         return None, f"module {saved.module or '(root)'} is under no glob of compress="
 
     @staticmethod
-    def encode(graph: JointGraph, saved: SavedValue, codec: Codec) -> int:
+    def encode(graph: JointGraph, saved: SavedValue, codec: Codec, *, held: bool = False) -> int:
         """Splice the codec in, with a mask of its own for operators that compare; returns the bytes saved."""
         signs = _separate_signs(saved, codec)
         residuals = []
         if signs is not None:
             readers = {one.reader for one in signs[0].readings}
-            residuals += graph.encode_saved(saved.node, signs[1], readers, prune=False)
-        residuals += graph.encode_saved(saved.node, codec, prune=False)
+            residuals += graph.encode_saved(saved.node, signs[1], readers, held=held, prune=False)
+        residuals += graph.encode_saved(saved.node, codec, held=held, prune=False)
         return sum(nbytes(value(n)) for n in residuals)
 
     @staticmethod

@@ -62,8 +62,8 @@ class Noise:
         """In the shape and dtype of a tensor, whose values are not read."""
         if not self.per_rank:
             counter = same_on_all_ranks(counter)
-        draw = random.normal if self.distribution == "normal" else random.signs
-        return draw(counter, self.stream, tensor.shape, tensor.dtype)
+        kind = "normal" if self.distribution == "normal" else "sign"
+        return random.direction(counter, self.stream, tensor.shape, None, kind, tensor.dtype)
 
 
 def trained_leaves(graph: JointGraph) -> list[fx.Node]:
