@@ -244,7 +244,7 @@ OURS: dict[str, dict[str, Any]] = {
     "memory_budget=0.1": {"memory_budget": 0.1},
     "memory_budget=0.05": {"memory_budget": 0.05},
 }
-BUDGETS = (1.0, 0.5, 0.3, 0.1, 0.05, 0.0)
+BUDGETS = (1.0, 0.5, 0.1, 0.0)
 TIMED = ("bp", "compact", "int8", "memory_budget=0.1")
 FP8 = {"activation_quantization_aten_pass": {"quant_type": "torch.float8_e4m3fn", "size_in_mb": 0, "use_scaling": True}}
 

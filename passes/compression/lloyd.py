@@ -1,178 +1,140 @@
-"""Codes whose levels are the least-squares optimum for the distribution of what is stored."""
+"""Codes whose levels are the least-squares optimum for what activations look like."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from graphrewrite.passes.compression._packing import from_groups, pack, to_groups, unpack, work_dtype
 
-from graphrewrite.analysis.demands import SavedValue
 from graphrewrite.errors import RuleError
-from graphrewrite.graph.codec import Declined, SavedCodec
-from graphrewrite.graph.nodes import flat_inputs, producer
-from graphrewrite.graph.text import operator_name
+from graphrewrite.graph.codec import SavedCodec
 
-Shape = Literal["normal", "rectified", "gated"]
-
-LEVELS: dict[tuple[str, int], tuple[float, ...]] = {
-    ("normal", 2): (-0.46383, 0.0, 0.33626, 0.79797),
-    ("normal", 3): (-0.72361, -0.43108, -0.20373, 0.0, 0.17826, 0.37158, 0.60256, 0.92882),
-    ("normal", 4): (
-        *(-0.85468, -0.67532, -0.53078, -0.40725, -0.29623, -0.19366, -0.09575, 0.0),
-        *(0.08934, 0.18102, 0.27674, 0.37817, 0.48991, 0.61645, 0.76843, 0.9655),
+LEVELS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    2: ((-0.4424, 0.0, 0.3289, 0.8033), (-0.1476, 0.0, 0.3218, 0.8083)),
+    3: (
+        (-0.701, -0.4071, -0.1869, 0.0, 0.1617, 0.3529, 0.5854, 0.9146),
+        (-0.2093, -0.0843, 0.0, 0.1205, 0.2666, 0.4386, 0.6488, 0.9288),
     ),
-    ("rectified", 2): (0.0, 0.22159, 0.50474, 0.89457),
-    ("rectified", 3): (-0.06399, 0.0, 0.10656, 0.22966, 0.3691, 0.52859, 0.71773, 0.95565),
-    ("rectified", 4): (
-        *(-0.0963, -0.06369, -0.03566, 0.0, 0.05145, 0.10761, 0.16786, 0.23206),
-        *(0.29998, 0.37255, 0.45062, 0.53466, 0.62641, 0.72848, 0.84356, 0.9729),
-    ),
-    ("gated", 2): (-0.3553, 0.0, 0.25375, 0.91035),
-    ("gated", 3): (-0.66354, -0.31872, -0.12002, 0.0, 0.10287, 0.26464, 0.52475, 0.9595),
-    ("gated", 4): (
-        *(-0.83115, -0.60401, -0.42943, -0.29604, -0.19252, -0.11172, -0.04854, 0.0),
-        *(0.04477, 0.10205, 0.17372, 0.26399, 0.37998, 0.5292, 0.7214, 0.97362),
+    4: (
+        (
+            *(-0.8333, -0.6504, -0.5039, -0.3808, -0.2721, -0.1718, -0.079, 0.0),
+            *(0.0742, 0.162, 0.2571, 0.3596, 0.4725, 0.6003, 0.7533, 0.9467),
+        ),
+        (
+            *(-0.2609, -0.1686, -0.0993, -0.0447, 0.0, 0.0488, 0.1065, 0.1698),
+            *(0.2386, 0.3128, 0.393, 0.4799, 0.5759, 0.684, 0.8071, 0.951),
+        ),
     ),
 }
-"""Levels of x / s that minimise the squared error of x in groups of 32, with one level at 0.
-
-normal: x normal; rectified: x = gelu(normal); gated: x = silu(0.6 normal) times another normal.
+"""Levels of x / s for groups with two sides, and for groups with one: least squares over groups of 32 of normal values,
+of GELU, SiLU and ReLU of them, and of products of the kind silu(a) b; one level is 0.
 """
 
-_RECTIFIED = frozenset({"relu", "gelu", "silu", "mish", "elu", "celu", "selu", "softplus", "hardswish", "relu6"})
-_STEPS = 16.0
-_LOWEST = 127.0
+ONE_SIDED = -0.35
+"""A group of which no x / s is below this is one-sided."""
+_STEPS, _LOWEST = 8.0, 63.0
 
 
 @dataclass(frozen=True)
 class Lloyd(SavedCodec):
-    """The nearest of 2^b levels times a scale for each group, where the levels fit what the value is.
+    """The nearest of 2^b levels times a scale, with one of two sets of levels for each group.
 
-    The scale s is the element of the largest magnitude, with its sign, so that x / s reaches 1 but seldom -1. It is
-    stored in 8 bits: its sign, and how many sixteenths of an octave |s| is below the largest one of the tensor, rounded
-    so that no element exceeds it. Scales more than 2^-7.9 below are stored as that.
-
-    Levels are Lloyd-Max levels under squared error, one of them 0: of a normal distribution, or of what a rectifying
-    activation (GELU, SiLU, ReLU, ...) or a product of two values makes of it. What computes a value says which.
+    The scale s is the element of the largest magnitude, with its sign, so that x / s reaches 1 but seldom -1. What
+    GELU, SiLU or ReLU return has small elements on the other side or none: such groups get levels of their own. A byte
+    holds the sign of s, which levels, and how many eighths of an octave |s| is below the largest one of the tensor,
+    rounded so that no element exceeds it. Scales more than 2^-7.9 below are stored as that.
 
     An infinity or a NaN makes the whole tensor NaN.
 
     Args:
         bits: 2, 3 or 4.
         group: Elements that share a scale, in row-major order.
-        shape: `"normal"`, `"rectified"`, `"gated"`; `"auto"`: by the operator that computes the value.
     """
 
     bits: int = 4
     group: int = 32
-    shape: Literal["auto", "normal", "rectified", "gated"] = "auto"
 
     name = "lloyd"
-    summary = "2 to 4 bits with the levels that suit what computes the value"
+    summary = "2 to 4 bits with least-squares levels, chosen per group"
     paper = "Lloyd, 1982; QLoRA (Dettmers et al., 2023) for levels of a normal distribution"
     error = "at most half the widest gap between levels, times the largest element of the group"
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4):
+        if self.bits not in LEVELS:
             raise RuleError(f"lloyd: bits={self.bits} is not 2, 3 or 4", remedy="use int8 for more")
         if self.group < 1:
             raise RuleError(f"lloyd: group={self.group} is no number of elements", remedy="use 16 to 64")
-        if self.shape not in ("auto", "normal", "rectified", "gated"):
-            raise RuleError(
-                f"lloyd: shape={self.shape!r} is unknown", remedy="use 'auto', 'normal', 'rectified' or 'gated'"
-            )
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """The levels, ascending."""
-        return LEVELS["normal" if self.shape == "auto" else self.shape, self.bits]
-
-    def fit(self, saved: SavedValue) -> SavedCodec | Declined:
-        """With the levels for what computes the value."""
-        declined = super().fit(saved)
-        if self.shape != "auto" or isinstance(declined, Declined):
-            return declined
-        return replace(self, shape=_shape_of(saved))
 
     def bits_per_element(self, dtype: torch.dtype) -> float:
-        """The codes, and the group's share of its scale."""
+        """The codes, and the group's byte."""
         return self.bits + 8 / self.group
 
     def encode(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Packed codes, the groups' scales as bytes, and the tensor's largest."""
+        """Packed codes, the groups' bytes, and the tensor's largest."""
         rows = to_groups(tensor, self.group).to(work_dtype(tensor.dtype))
-        below, largest = self._scales(rows)
-        levels = self._constant(rows)
-        borders = (levels[1:] + levels[:-1]) / 2
-        step = _decoded(below, largest)
+        byte, largest = self._scales(rows)
+        step, one_sided = _decoded(byte, largest)
         # where everything is 0 there is nothing to divide by
         scaled = rows / torch.where(step == 0, 1.0, step)[:, None]
-        codes = torch.bucketize(scaled, borders, out_int32=True)
-        return [pack(codes.to(torch.uint8), self.bits), below, largest]
+        both, one = (self._borders(side, rows) for side in (0, 1))
+        codes = torch.where(
+            one_sided[:, None],
+            torch.bucketize(scaled, one, out_int32=True),
+            torch.bucketize(scaled, both, out_int32=True),
+        )
+        return [pack(codes.to(torch.uint8), self.bits), byte, largest]
 
     def decode(self, residuals: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """Level times scale."""
-        packed, below, largest = residuals
-        count = below.shape[0]
+        packed, byte, largest = residuals
+        count = byte.shape[0]
         codes = unpack(packed, self.bits, count * self.group).view(count, self.group).to(torch.int32)
-        step = _decoded(below, largest)
-        rows = self._constant(largest)[codes] * step[:, None]
+        step, one_sided = _decoded(byte, largest)
+        both, one = LEVELS[self.bits]
+        levels = torch.tensor([*both, *one], dtype=largest.dtype, device=largest.device)
+        rows = levels[codes + one_sided.to(torch.int32)[:, None] * len(both)] * step[:, None]
         if like.dtype == torch.float16:
             rows = rows.clamp(-65504.0, 65504.0)
         return from_groups(rows, like)
 
-    def _constant(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.levels, dtype=like.dtype, device=like.device)
+    def _borders(self, side: int, like: torch.Tensor) -> torch.Tensor:
+        found = [(a + b) / 2 for a, b in itertools.pairwise(LEVELS[self.bits][side])]
+        return torch.tensor(found, dtype=like.dtype, device=like.device)
 
     @staticmethod
     def _scales(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each group a byte, sign and sixteenths of an octave below the largest scale, and that one."""
+        """For each group its byte; and the largest scale."""
         low, high = rows.amin(1), rows.amax(1)
         negative = -low > high
-        top = torch.where(negative, -low, high)
+        top, other = torch.where(negative, -low, high), torch.where(negative, -high, low)
         # one more element: a tensor may have no group
         largest = torch.cat([top, top.new_zeros(1)]).amax()
-        octaves = torch.log2(largest.clamp_min(torch.finfo(rows.dtype).tiny)) - torch.log2(
-            top.clamp_min(torch.finfo(rows.dtype).tiny)
-        )
+        tiny = torch.finfo(rows.dtype).tiny
+        octaves = torch.log2(largest.clamp_min(tiny)) - torch.log2(top.clamp_min(tiny))
         below = (octaves * _STEPS - 1e-3).floor().clamp(0, _LOWEST)
-        code = torch.where(below.isnan(), 0.0, below) + 128.0 * negative.to(below.dtype)
+        marks = 128.0 * negative.to(rows.dtype) + 64.0 * (other > ONE_SIDED * top).to(rows.dtype)
+        byte = torch.where(below.isnan(), 0.0, below) + marks
         # what is not finite makes the largest scale NaN, and with it everything
-        return code.to(torch.uint8), largest + largest * 0
+        return byte.to(torch.uint8), largest + largest * 0
 
     def bound(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Half the widest gap, or what lies outside of the levels, times the group's scale."""
         rows = to_groups(tensor, self.group).to(work_dtype(tensor.dtype))
-        step = _decoded(*self._scales(rows)).abs().to(torch.float64)[:, None]
-        levels = self.levels
-        gaps = [(b - a) / 2 for a, b in itertools.pairwise(levels)]
-        widest = max(*gaps, 1 + levels[0], 1 - levels[-1])
+        step, one_sided = _decoded(*self._scales(rows))
+        reach = [
+            max(*((b - a) / 2 for a, b in itertools.pairwise(levels)), levels[0] - lowest, 1 - levels[-1])
+            for levels, lowest in zip(LEVELS[self.bits], (-1.0, ONE_SIDED), strict=True)
+        ]
+        size = step.abs().to(torch.float64) * torch.where(one_sided, reach[1], reach[0])
         own = rows.to(torch.float64).abs() * 4 * torch.finfo(tensor.dtype).eps + torch.finfo(tensor.dtype).tiny
-        limit = step * widest * 1.001 + own
-        return from_groups(limit, torch.empty(tensor.shape, dtype=torch.float64))
+        return from_groups(size[:, None] * 1.001 + own, torch.empty(tensor.shape, dtype=torch.float64))
 
 
-def _decoded(below: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """The scales, with their signs."""
-    number = below.to(largest.dtype)
-    negative = number >= 128
-    octaves = (number - 128.0 * negative.to(number.dtype)) / _STEPS
+def _decoded(byte: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales, with their signs, and which groups are one-sided."""
+    octaves = (byte & 63).to(largest.dtype) / _STEPS
     size = largest * torch.exp2(-octaves)
-    return torch.where(negative, -size, size)
-
-
-def _shape_of(saved: SavedValue) -> Shape:
-    made = producer(saved.node)
-    name = operator_name(made)
-    if name in _RECTIFIED:
-        return "rectified"
-    inputs = flat_inputs(made)
-    if name == "mul" and len(inputs) == 2 and inputs[0] is not inputs[1]:
-        shapes = [tuple(node.meta["val"].shape) for node in inputs]
-        if shapes[0] == shapes[1]:
-            return "gated"
-    return "normal"
+    return torch.where(byte >= 128, -size, size), (byte & 64) > 0
