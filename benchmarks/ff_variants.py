@@ -4,7 +4,7 @@
     python benchmarks/ff_variants.py --data FOLDER --only graphs
 
 One thread. The MNIST rules share initial weights, batches and steps of one run: Adam 3e-3, falling to zero over the
-second half; wrong labels drawn anew each step; no peer normalisation. Learning rate and threshold were chosen on training
+second half; wrong labels drawn anew each step; no peer normalisation. Rate and threshold were chosen on training
 images that no run trains on (50,000 to 53,000), never on test images. All variants are read alike: the class with the
 most goodness over all hidden blocks. Writes `results/ff_mnist.json` and `results/forward_gnn.json`.
 """

@@ -205,6 +205,9 @@ def _chain(graph: JointGraph, block: str, level: fx.Node) -> _Chain | None:
         if info(node).block != block or info(node).role is not Role.FORWARD:
             continue
         inputs = flat_inputs(node)
+        if node.target is aten._to_copy.default:  # autocast's, of activations and of weights
+            current = node if current in inputs else current
+            continue
         if current not in inputs or not isinstance(value(node), torch.Tensor):
             return None
         if node.target is aten.linear.default and value(node).dim() == 2:
