@@ -78,7 +78,7 @@ class ForwardForward(Rule):
             running mean activity on positives.
         peer_momentum: Momentum of m, which starts at 0.5.
         readout: `"last"`: the last block on the last hidden block; `"all"`: a linear head on the outputs of the hidden
-            blocks but the first; `"goodness"`: the class with the most mean goodness over the hidden blocks but the
+            blocks but the first, which are all kept until it has learned; `"goodness"`: the class with the most mean goodness over the hidden blocks but the
             first; with collaboration, over all that learn together, summed as in training. Collaborating blocks learn
             what their sum lacks, so alone the last one says little: read them by their goodness.
         num_classes: Default: the last dimension of the model's first output.
