@@ -30,6 +30,7 @@ class Contrast:
             softplus(-alpha (g+ - g-)), without a threshold.
         alpha: See `loss`.
         per_unit: False: theta of the sum is `threshold` itself.
+        negatives: Negative samples per sample.
     """
 
     goodness: str
@@ -37,6 +38,7 @@ class Contrast:
     loss: str
     alpha: float
     per_unit: bool = True
+    negatives: int = 1
 
     def score(self, *outputs: torch.Tensor) -> torch.Tensor:
         """Goodness minus theta of the samples of one or several passes, (samples,)."""
@@ -56,7 +58,7 @@ class Contrast:
             negative: Scores of the negative ones, (negatives * batch,), one negative of each sample after the other.
             counted: Which samples count, (batch,).
         """
-        negative = negative.reshape(-1, positive.shape[0])
+        negative = negative.reshape(self.negatives, -1)
         if self.loss == "symba":
             values = F.softplus(-self.alpha * (positive - negative)).mean(0)
         else:

@@ -78,9 +78,10 @@ class ForwardForward(Rule):
             running mean activity on positives.
         peer_momentum: Momentum of m, which starts at 0.5.
         readout: `"last"`: the last block on the last hidden block; `"all"`: a linear head on the outputs of the hidden
-            blocks but the first, which are all kept until it has learned; `"goodness"`: the class with the most mean goodness over the hidden blocks but the
-            first; with collaboration, over all that learn together, summed as in training. Collaborating blocks learn
-            what their sum lacks, so alone the last one says little: read them by their goodness.
+            blocks but the first, which are all kept until it has learned; `"goodness"`: the class with the most mean
+            goodness over the hidden blocks but the first; with collaboration, over all that learn together, summed as
+            in training. Collaborating blocks learn what their sum lacks, so alone the last one says little: read them
+            by their goodness.
         num_classes: Default: the last dimension of the model's first output.
     """
 
@@ -186,7 +187,13 @@ class ForwardForward(Rule):
                 graph,
                 [Taught(b, pos[b], tuple(copies[b] for copies in neg)) for b in raw],
                 counted,
-                Contrast(self.goodness, self.threshold, self.loss, self.alpha),
+                Contrast(
+                    self.goodness,
+                    self.threshold,
+                    self.loss,
+                    self.alpha,
+                    negatives=classes - 1 if self.negatives == "all" else 1,
+                ),
                 collaboration=self.collaboration,
                 peer=Peer(self.peer, self.peer_momentum) if self.peer else None,
                 state_name=self.state_name,

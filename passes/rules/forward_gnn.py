@@ -172,7 +172,7 @@ class ForwardGNN(Rule):
 
         taught = [Taught(n, real(n, passes[0]), tuple(real(n, copies) for copies in passes[1:])) for n in layers]
         counted = graph.splice(lambda y: y >= 0, [y], like=pass_info(graph, "pos"))
-        contrast = Contrast("sum", self.threshold, "hinton", 0.0, per_unit=False)
+        contrast = Contrast("sum", self.threshold, "hinton", 0.0, per_unit=False, negatives=len(passes) - 1)
         teach_goodness(graph, taught, counted, contrast)
 
     # --- passes ----------------------------------------------------------------------------------------------------
