@@ -30,6 +30,7 @@ class Contrast:
             softplus(-alpha (g+ - g-)), without a threshold.
         alpha: See `loss`.
         per_unit: False: theta of the sum is `threshold` itself.
+        negatives: Negative samples per sample.
     """
 
     goodness: str
@@ -37,13 +38,14 @@ class Contrast:
     loss: str
     alpha: float
     per_unit: bool = True
+    negatives: int = 1
 
     def score(self, *outputs: torch.Tensor) -> torch.Tensor:
         """Goodness minus theta of the samples of one or several passes, (samples,)."""
         return torch.cat([self._score(h) for h in outputs]) if len(outputs) > 1 else self._score(outputs[0])
 
     def _score(self, h: torch.Tensor) -> torch.Tensor:
-        squares = h.flatten(1).square()
+        squares = in_single(h.flatten(1)).square()
         if self.goodness == "mean":
             return squares.mean(1) - self.threshold
         return squares.sum(1) - self.threshold * (squares.shape[1] if self.per_unit else 1)
@@ -56,12 +58,17 @@ class Contrast:
             negative: Scores of the negative ones, (negatives * batch,), one negative of each sample after the other.
             counted: Which samples count, (batch,).
         """
-        negative = negative.reshape(-1, positive.shape[0])
+        negative = negative.reshape(self.negatives, -1)
         if self.loss == "symba":
             values = F.softplus(-self.alpha * (positive - negative)).mean(0)
         else:
             values = 0.5 * (F.softplus(-positive) + F.softplus(negative).mean(0))
         return masked_mean(values, counted)
+
+
+def in_single(h: torch.Tensor) -> torch.Tensor:
+    """Half-precision values in float32: sums over them, and what learns from the sums, need the digits."""
+    return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
 
 
 def masked_mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -124,7 +131,7 @@ class Peer:
 
     def activity(self, mean: torch.Tensor, h: torch.Tensor, axis: int) -> torch.Tensor:
         """The running mean after a batch."""
-        batch = h.mean(dim=tuple(d for d in range(h.dim()) if d != axis))
+        batch = h.to(mean.dtype).mean(dim=tuple(d for d in range(h.dim()) if d != axis))
         return self.momentum * mean + (1 - self.momentum) * batch
 
     def loss(self, mean: torch.Tensor, h: torch.Tensor, axis: int) -> torch.Tensor:
@@ -135,8 +142,8 @@ class Peer:
     def state(self, graph: JointGraph, name: str, boundary: fx.Node, h: fx.Node) -> fx.Node:
         """The running mean of a boundary, 0.5 at first, updated by its positive pass."""
         axis = feature_axis(boundary)
-        size, dtype = fix(value(boundary).shape[axis]), value(boundary).dtype
-        node = graph.add_state(name, (size,), lambda tensor, _generator: tensor.fill_(0.5), dtype=dtype)
+        size = fix(value(boundary).shape[axis])
+        node = graph.add_state(name, (size,), lambda tensor, _generator: tensor.fill_(0.5))
         graph.update_state(name, lambda mean, h: self.activity(mean, h, axis), [h])
         return node
 
