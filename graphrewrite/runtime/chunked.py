@@ -108,19 +108,13 @@ class _Chunk:
 
 def run_joint(compiled: CompiledModule, inputs: Inputs, count: int) -> Any:
     """The model's outputs for the whole batch; their backward runs in chunks, too."""
-    size, pieces = split(inputs, None, count)
+    _, pieces = split(inputs, None, count)
     chunks = [_prepare(compiled, "forward", piece, None, n) for piece, _, n in pieces]
     program = chunks[0].program
     leaves = _leaves(compiled, program, inputs)
     outputs = _Joint.apply(compiled, chunks, list(leaves), *leaves.values())  # type: ignore[no-untyped-call]
     if not program.samples_checked:
         _check_samples(compiled, chunks[0], pieces[0][0], outputs)
-    for output in outputs:
-        if isinstance(output, torch.Tensor) and (not output.ndim or output.shape[0] != size):
-            raise RuleError(
-                f"an output of shape {list(output.shape)} has not one row for each of the {size} samples",
-                remedy="return per-sample values and reduce them in the loss",
-            )
     return program.captured.rebuild(list(outputs))
 
 
@@ -302,6 +296,7 @@ class _Joint(torch.autograd.Function):
             given = chunk.values(compiled, {})
             program = chunk.program
             made.append(_outputs(chunk, program.run_forward([given(s) for s in program.partition.forward_inputs])))
+            _check_rows(made[-1], chunk.count)
         ctx.compiled, ctx.chunks, ctx.specs = compiled, chunks, specs
         ctx.set_materialize_grads(False)
         # a parameter that is changed before the backward is an error, as everywhere
@@ -369,8 +364,17 @@ class _Mean(torch.autograd.Function):
         return (None, None, None, None, *[None if g is None else g.mul_(cotangents[0]) for g in grads])
 
 
+def _check_rows(outputs: Sequence[Any], count: int) -> None:
+    for output in outputs:
+        if isinstance(output, torch.Tensor) and (not output.ndim or output.shape[0] != count):
+            raise RuleError(
+                f"an output of shape {list(output.shape)} has not one row for each of a chunk's {count} samples",
+                remedy="return per-sample values and reduce them in the loss",
+            )
+
+
 def _joined(parts: Sequence[Any]) -> Any:
-    return torch.cat(list(parts)) if isinstance(parts[0], torch.Tensor) and parts[0].ndim else parts[0]
+    return torch.cat(list(parts)) if isinstance(parts[0], torch.Tensor) else parts[0]
 
 
 def _has_grad(output: Any) -> bool:
