@@ -2,9 +2,10 @@
 
     python benchmarks/pipeline_simulator.py --processes 4
 
-Every stage has its own times for F, I and W. What the engine itself takes per action is measured in a pipeline of one
-process, and the time of a message between two: the simulator gets both. Eight schedules: those of the engine and one
-made for the costs. GPipe and 1F1B run pairs of stages as one.
+Every stage has its own times for F, I and W. What the engine itself takes per forward or backward, its messages
+included, is one number: that for which the simulator is right about one schedule (LoopedBFS) of two processes, measured
+first. Eight schedules are compared then: those of the engine and one made for the costs. GPipe and 1F1B run pairs of
+stages as one.
 
 Writes `results/pipeline_simulator_<processes>.json`.
 """
@@ -34,6 +35,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from graphrewrite._compat import custom_schedule
 
 NAMES = ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+CALIBRATION = "LoopedBFS"
 SEEDS = {2: 1, 4: 1, 8: 8}
 """Draws whose simulated schedules lie apart from one another."""
 
@@ -75,6 +77,11 @@ def stage_costs(processes: int, unit: float) -> list[StageCost]:
     ]
 
 
+def made(costs: list[StageCost]) -> list[list[Action]]:
+    ranks = len(costs) // 2
+    return optimise(costs, [*range(ranks), *reversed(range(ranks))], 2 * ranks, width=0).actions
+
+
 def merged(costs: Sequence[StageCost]) -> list[StageCost]:
     return [
         StageCost(a.forward + b.forward, a.backward + b.backward, a.weight + b.weight)
@@ -113,8 +120,8 @@ def build(schedule: str | list[list[Action]], costs: Sequence[StageCost], micro_
     if not isinstance(schedule, str):
         listed = [[(a.stage, a.kind, a.micro_batch) for a in own] for own in schedule]
         return custom_schedule(stages, micro_batches, loss, listed)
-    made = get_schedule_class(schedule)
-    return made(stages[0] if schedule in SINGLE else stages, micro_batches, loss_fn=loss, scale_grads=False)
+    kind = get_schedule_class(schedule)
+    return kind(stages[0] if schedule in SINGLE else stages, micro_batches, loss_fn=loss, scale_grads=False)
 
 
 def timed(runner: Any, costs: Sequence[StageCost], micro_batches: int, rounds: int) -> list[float]:
@@ -134,21 +141,22 @@ def timed(runner: Any, costs: Sequence[StageCost], micro_batches: int, rounds: i
     return found
 
 
-def message(rounds: int = 60) -> float:
-    """Half of the time that a tensor takes to another process and back."""
-    if dist.get_world_size() == 1:
-        return 0.0
-    rank, held, times = dist.get_rank(), torch.zeros(1, 4), []
-    for _ in range(rounds):
-        if rank < 2:
-            started = time.perf_counter()
-            dist.send(held, 1) if rank == 0 else dist.recv(held, 0)
-            dist.recv(held, 1) if rank == 0 else dist.send(held, 0)
-            times.append((time.perf_counter() - started) / 2)
-    dist.barrier()
-    found = torch.tensor([statistics.median(times) if times else 0.0], dtype=torch.float64)
-    dist.broadcast(found, 0)
-    return float(found)
+def with_engine(costs: Sequence[StageCost], extra: float) -> list[StageCost]:
+    """What the engine takes, added to forwards and input cotangents: weight gradients send nothing."""
+    return [StageCost(c.forward + extra, c.backward + extra, c.weight) for c in costs]
+
+
+def calibrated(measured: float, costs: Sequence[StageCost], micro_batches: int) -> float:
+    """The extra time per action with which the simulator is right."""
+    actions = actions_of(CALIBRATION, 2, micro_batches, len(costs))
+    low, high = 0.0, max(c.forward for c in costs)
+    for _ in range(40):
+        middle = (low + high) / 2
+        if simulate(actions, with_engine(costs, middle)).makespan < measured:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def port() -> int:
@@ -157,32 +165,31 @@ def port() -> int:
         return int(probe.getsockname()[1])
 
 
-def work(rank: int, ranks: int, at: int, given: argparse.Namespace, results: Any) -> None:
+def work(rank: int, ranks: int, at: int, given: argparse.Namespace, calibration: bool, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(at))
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
-    costs = stage_costs(given.processes, given.unit / 1e3)
-    count = 2 * given.processes
-    if ranks == 1:
-        taken = timed(build("1F1B", costs[:1], count), costs[:1], count, 3)
-        results.put(statistics.median(taken) / count - costs[0].total)
+    costs = stage_costs(ranks, given.unit / 1e3)
+    count = 2 * ranks
+    if calibration:
+        taken = timed(build(CALIBRATION, costs, count), costs, count, 3)
+        if rank == 0:
+            results.put(statistics.median(taken))
     else:
-        delay = message()
         for name in (*NAMES, "made"):
             own = merged(costs) if name in SINGLE else costs
             chosen: Any = name
             if name == "made":
-                chosen = optimise(costs, [*range(ranks), *reversed(range(ranks))], count, communication=delay, width=0)
-                chosen = chosen.actions
+                chosen = made(costs)
             taken = timed(build(chosen, own, count), own, count, given.rounds)
             if rank == 0:
-                results.put((name, delay, taken))
+                results.put((name, taken))
     dist.destroy_process_group()
 
 
-def launch(ranks: int, given: argparse.Namespace) -> list[Any]:
+def launch(ranks: int, given: argparse.Namespace, calibration: bool) -> list[Any]:
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(work, (ranks, port(), given, results), nprocs=ranks)
+    torch.multiprocessing.spawn(work, (ranks, port(), given, calibration, results), nprocs=ranks)
     found = []
     while not results.empty():
         found.append(results.get())
@@ -196,19 +203,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    (extra,) = launch(1, given)
+    (taken,) = launch(2, given, True)
+    extra = calibrated(taken, stage_costs(2, given.unit / 1e3), 4)
     ranks, costs = given.processes, stage_costs(given.processes, given.unit / 1e3)
-    # what the engine takes, to each of the three actions
-    whole = [StageCost(c.forward + extra / 3, c.backward + extra / 3, c.weight + extra / 3) for c in costs]
-    pairs = [StageCost(c.forward + extra / 3, c.backward + extra / 3, c.weight + extra / 3) for c in merged(costs)]
     rows = []
-    for name, delay, taken in launch(ranks, given):
-        if name == "made":
-            place = [*range(ranks), *reversed(range(ranks))]
-            actions = optimise(costs, place, 2 * ranks, communication=delay, width=0).actions
-        else:
-            actions = actions_of(name, ranks, 2 * ranks, None if name in SINGLE else 2 * ranks)
-        simulated = simulate(actions, pairs if name in SINGLE else whole, communication=delay)
+    for name, taken in launch(ranks, given, False):
+        single = name in SINGLE
+        actions = made(costs) if name == "made" else actions_of(name, ranks, 2 * ranks, (1 if single else 2) * ranks)
+        simulated = simulate(actions, with_engine(merged(costs) if single else costs, extra))
         measured = statistics.median(taken)
         rows.append(
             {
@@ -216,8 +218,7 @@ def main() -> None:
                 "processes": ranks,
                 "micro_batches": 2 * ranks,
                 "unit_ms": given.unit,
-                "engine_ms_per_micro_batch": round(extra * 1e3, 3),
-                "message_ms": round(delay * 1e3, 3),
+                "engine_ms_per_action": round(extra * 1e3, 3),
                 "simulated_s": round(simulated.makespan, 4),
                 "measured_s": round(measured, 4),
                 "runs_s": [round(t, 4) for t in taken],

@@ -106,5 +106,9 @@ def load(
         for name, one in objects.items():
             if name not in held.get(kind, {}):
                 raise RuleError(f"the checkpoint {path} holds no {kind[:-1]} {name!r}")
-            one.load_state_dict(held[kind][name])  # type: ignore[attr-defined]
+            state = held[kind][name]
+            if kind == "optimizers":
+                # the format has no numbers as keys
+                state = {**state, "state": {int(key): entry for key, entry in state.get("state", {}).items()}}
+            one.load_state_dict(state)  # type: ignore[attr-defined]
     return found
