@@ -196,7 +196,7 @@ class ForwardForward(Rule):
         """Let the blocks behind each hidden boundary read it divided by its RMS; returns the boundaries."""
         raw = [boundary for block in hidden for boundary in graph.boundaries(block)]
         for boundary in raw:
-            graph.map_value(boundary, rms_normalise)
+            graph.map_value(boundary, graph.context.form(rms_normalise))
         return raw
 
     def _read_out(
