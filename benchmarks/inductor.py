@@ -4,10 +4,11 @@
     python benchmarks/inductor.py --cases "wide mlp" --rules bp    # a part; rows of the other parts stay
 
 Ratios are medians of interleaved pairs against `torch.compile(model)` with backpropagation, in the same process; that
-against itself is printed beside them. Steps are timed in processor time of one thread, so that what else the machine does counts
-little. Compile times are processor seconds, those of the C++ compiler included, from the call to the end of the first
-step, with empty caches on disk, after a first compilation in the process that is not counted. Saved bytes are those of the values that
-live between forward and backward, parameters and inputs excluded, by saved-tensor hooks for both.
+against itself is printed beside them. Steps are timed in processor time of one thread, so that what else the machine
+does counts little. Compile times are processor seconds, those of the C++ compiler included, from the call to the end of
+the first step, with empty caches on disk, after a first compilation in the process that is not counted. Saved bytes are
+those of the values that live between forward and backward, parameters and inputs excluded, by saved-tensor hooks for
+both.
 
 Writes `results/inductor.json`, anew after each row.
 """

@@ -2,9 +2,9 @@
 
 With `rotated`, groups are Hadamard-rotated before they are quantised and after they are decoded.
 
-The reference is the codecs `int8`, `int4`, `int2` and `hadamard` themselves, in their storage layout: a kernel can stand in the
-place of either half. Stochastic rounding draws number `i` of its stream of `graphrewrite.random` for element `i`;
-nothing is stored but codes, scales and minima.
+The reference is the codecs `int8`, `int4`, `int2` and `hadamard` themselves, in their storage layout: a kernel can
+stand in the place of either half. Stochastic rounding draws number `i` of its stream of `graphrewrite.random` for
+element `i`; nothing is stored but codes, scales and minima.
 """
 
 from __future__ import annotations

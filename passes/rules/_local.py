@@ -12,7 +12,6 @@ from graphrewrite.graph.core import Block
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import LOSS_BLOCK, Target, UserInput, fix, info, is_float, value
 
-
 RMS_EPS = 1e-8
 
 
