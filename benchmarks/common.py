@@ -8,7 +8,7 @@ import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,25 +80,15 @@ class Ratio:
         return {k: round(v, 4) for k, v in asdict(self).items()}
 
 
-def ratio(
-    ours: Callable[[], Any],
-    reference: Callable[[], Any],
-    *,
-    rounds: int = 7,
-    calls: int = 20,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Ratio:
-    """Time `ours` against `reference`: `rounds` rounds of reference, ours, reference, `calls` calls each.
-
-    On a machine that others use, one thread and `clock=time.process_time` measure what is ours.
-    """
+def ratio(ours: Callable[[], Any], reference: Callable[[], Any], *, rounds: int = 7, calls: int = 20) -> Ratio:
+    """Time `ours` against `reference`: `rounds` rounds of reference, ours, reference, `calls` calls each."""
     for _ in range(3):
         ours()
         reference()
-    calls = max(3, min(calls, int(1.0 / max(_time(reference, 2, clock), 1e-6))))
+    calls = max(3, min(calls, int(1.0 / max(_time(reference, 2), 1e-6))))
     pairs, same, times = [], [], []
     for _ in range(rounds):
-        first, mine, second = _time(reference, calls, clock), _time(ours, calls, clock), _time(reference, calls, clock)
+        first, mine, second = _time(reference, calls), _time(ours, calls), _time(reference, calls)
         pairs.append(mine / (0.5 * (first + second)))
         same.append(second / first)
         times += [first, second]
@@ -107,12 +97,40 @@ def ratio(
     )
 
 
-def _time(call: Callable[[], Any], calls: int, clock: Callable[[], float]) -> float:
+def _time(call: Callable[[], Any], calls: int) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    started = clock()
+    started = time.perf_counter()
     for _ in range(calls):
         call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (clock() - started) / calls
+    return (time.perf_counter() - started) / calls
+
+
+def processor_ratios(calls: Sequence[Callable[[], Any]], *, rounds: int = 30) -> tuple[list[float], float]:
+    """Processor time of each call over that of the first one, for a machine that does other things as well.
+
+    Every round makes each call once, the order rotating, and the first one again at the end of its turn.
+
+    Returns:
+        Medians over rounds, and that of the first call's second time over its first.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    same = []
+    for number in range(rounds + 3):
+        for i in range(len(calls)):
+            which = (number + i) % len(calls)
+            spent = _processor_time(calls[which])
+            if number >= 3:
+                times[which].append(spent)
+            if which == 0 and number >= 3:
+                same.append(_processor_time(calls[0]) / spent)
+    first = times[0]
+    return [statistics.median(a / b for a, b in zip(one, first, strict=True)) for one in times], statistics.median(same)
+
+
+def _processor_time(call: Callable[[], Any]) -> float:
+    started = time.process_time()
+    call()
+    return time.process_time() - started

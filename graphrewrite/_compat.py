@@ -68,8 +68,8 @@ __all__ = [
     "rerun",
     "set_grad_wrapper",
     "statically_known_true",
+    "symbolic_forms",
     "traced_graph",
-    "unreduced_losses",
     "will_execute",
 ]
 
@@ -237,19 +237,29 @@ def _python_decompositions() -> list[tuple[Any, dict[Any, Any]]]:
 
 
 @contextlib.contextmanager
-def unreduced_losses() -> Iterator[None]:
-    """Let `cross_entropy(reduction="none")` have its shape while it is traced.
+def symbolic_forms() -> Iterator[None]:
+    """What operators give at sizes that are symbols, where torch has it wrong or not at all.
 
-    For sizes that are symbols torch takes the shape of `nll_loss` from a Python form of it that has other arguments in
-    the operator's places, and finds a scalar.
+    `cross_entropy(reduction="none")`: torch takes the shape of `nll_loss` from a Python form of it that has other
+    arguments in the operator's places, and finds a scalar. The backward of `softshrink` and `multi_margin_loss` has no
+    Python form; only shape and dtype are read of the ones here.
     """
-    table, op = torch._decomp.decomposition_table, torch.ops.aten.nll_loss.default
-    misread = table.pop(op, None)
+    aten = torch.ops.aten
+    ours: dict[Any, Any] = {
+        aten.nll_loss.default: None,
+        aten.softshrink_backward.default: lambda grad, x, lambd: torch.empty_like(grad),
+        aten.multi_margin_loss_backward.default: lambda grad, x, *rest: torch.empty_like(x),
+    }
+    table: dict[Any, Any] = torch._decomp.decomposition_table
+    theirs = {op: table.pop(op, None) for op in ours}
+    table.update({op: form for op, form in ours.items() if form is not None})
     try:
         yield
     finally:
-        if misread is not None:
-            table[op] = misread
+        for op, form in theirs.items():
+            table.pop(op, None)
+            if form is not None:
+                table[op] = form
 
 
 class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a function
@@ -408,12 +418,24 @@ def quiet_export() -> Iterator[None]:
 
 
 def compile_guards(
-    shape_env: ShapeEnv, placeholders: Sequence[FakeTensor], names: Sequence[str]
+    shape_env: ShapeEnv, placeholders: Sequence[FakeTensor], names: Sequence[str], *, strides: bool
 ) -> tuple[str, Callable[[Sequence[torch.Tensor]], bool]]:
-    """The shape guards of a traced graph as readable text and as a fast predicate over its tensor inputs."""
-    code = shape_env.produce_guards_expression(list(placeholders))
-    if not code:
+    """The shape guards of a traced graph as readable text and as a fast predicate over its tensor inputs.
+
+    Args:
+        shape_env: What the sizes of the graph are symbols of.
+        placeholders: Fake values of the inputs.
+        names: What the text calls them.
+        strides: Whether the inputs must lie in memory as those did that the graph was traced with.
+    """
+    from torch._dynamo.source import LocalSource
+
+    sources = [LocalSource(f"t{i}") for i in range(len(placeholders))]
+    found = shape_env.produce_guards(list(placeholders), sources, ignore_static=True)
+    kept = [text for text in found if strides or not re.search(r"\.(stride|storage_offset)\(\)", text)]
+    if not kept:
         return "", lambda _tensors: True
+    code = " and ".join(kept)
     # the text is written by torch from symbolic shapes, never by a user or a file
     predicate = eval(f"lambda L: {code}", dict(SYMPY_INTERP))
     used = sorted({int(index) for index in re.findall(r"L\['t(\d+)'\]", code)})

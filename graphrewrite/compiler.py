@@ -26,6 +26,7 @@ from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, Tap, Us
 from graphrewrite.graph.partition import Partition, partition
 from graphrewrite.graph.verify import has_random, verify
 from graphrewrite.inputs import Inputs
+from graphrewrite.passes.schedule.split_backward import SplitBackward
 from graphrewrite.pipeline import Callback, Pass, PassEvent, PassManager, PassRecord
 from graphrewrite.rule import RuleMap
 from graphrewrite.runtime.program import Program
@@ -61,7 +62,7 @@ class Options:
     dynamic: Any = "auto"
     verify: Verification = "structure"
     seed: int = 0
-    split_backward: bool = False
+    split_backward: SplitBackward | None = None
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
 
 
@@ -131,7 +132,7 @@ def build_program(
         graph.prune()
     operator = graph
     graph = pipeline.expand(graph)
-    split = options.split_backward and kind in ("forward", "loss")
+    split = options.split_backward if kind in ("forward", "loss") else None
     # the halves of a convolution's backward run in different stages then
     cleanup = [name for name in CLEANUP if not (split and name == "merge_convolution_backward")]
     graph = pipeline.run([textform.build("pass", name) for name in cleanup], graph)
@@ -148,7 +149,7 @@ def build_program(
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
         graph.context.example = None
     if split:
-        graph = pipeline.run([textform.build("pass", "split_backward")], graph)
+        graph = pipeline.run(split.passes, graph)
     part = partition(graph)
     forward, backward, *weight = _lower(part, options)
     if part.backward_weight is not None and not weight:

@@ -30,7 +30,7 @@ def compiled_for(model, rule, x, y, **options):
 
 
 def noise(stream: int, shape) -> torch.Tensor:
-    return random.normal(torch.tensor([0, 0, 0]), stream, shape, torch.float64)
+    return random.direction(torch.tensor([0, 0, 0]), stream, shape, None, "normal", torch.float64)
 
 
 # --- the formula -----------------------------------------------------------------------------------------------------

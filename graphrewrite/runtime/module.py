@@ -176,7 +176,9 @@ class CompiledModule(StatefulModule):
 
         The update is that of `loss(x, y).backward()` and SGD with this learning rate, up to rounding: the same
         directions, but no gradient is ever held. Biases and normalisation weights do not decay. In a distributed run
-        all ranks move along the same directions, by the mean of their losses.
+        each rank draws directions of its own, ranks exchange the differences of losses, and all move along all
+        directions: weights that are equal at the start stay equal. With `shared=true` there are the same directions on
+        all ranks, and the mean of their losses.
 
         Args:
             x: As for `loss`.
