@@ -81,6 +81,36 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "inductor_code", as_it_is)
 
 
+@pytest.mark.parametrize(
+    ("rule", "options", "stages"),
+    [
+        ("dfa", {}, 2),
+        pytest.param("mono_forward", {}, 2, marks=pytest.mark.slow),
+        pytest.param("ff", {}, 2, marks=pytest.mark.slow),
+        # two samples are a single group of the narrowest tensor: one graph for them, one for all others
+        ("bp", {"compress": "int8{group=16}"}, 4),
+        pytest.param("bp", {"compress": "fewbit"}, 2, marks=pytest.mark.slow),
+        pytest.param("bp", {"split_backward": True}, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_ten_batch_sizes_compile_every_stage_at_most_twice(rule, options, stages, uncompiled):
+    model = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 9), nn.GELU(), nn.Linear(9, 3))
+    before = inductor.compiled_stages
+    ours = gr.compile(model, rule, backend="inductor", blocks="layers", **options)
+    theirs = gr.compile(copy.deepcopy(model), rule, blocks="layers", **options)
+    for size in (4, 7, 2, 3, 5, 6, 8, 9, 16, 33):
+        x, y = torch.randn(size, 12), torch.randint(0, 3, (size,))
+        found = []
+        for compiled in (ours, theirs):
+            compiled.module.zero_grad()
+            compiled.loss(x, y).backward()
+            if options.get("split_backward"):
+                compiled.backward_weight()
+            found.append(gradients(compiled.module))
+        assert_near(*found)
+    assert inductor.compiled_stages - before == stages
+
+
 @pytest.mark.parametrize("name", ["cnn", pytest.param("gcn", marks=pytest.mark.slow)])
 def test_what_inductor_is_given(name, uncompiled):
     """Decomposed stages; convolutions with batch-norm and dropout: the numbers come from torch's global generator."""
