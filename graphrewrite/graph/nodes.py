@@ -319,6 +319,11 @@ def runs_later(node: fx.Node) -> bool:
     return is_backward(node) and info(node).stage != "forward"
 
 
+def runs_last(node: fx.Node) -> bool:
+    """Whether a schedule pass moved a node to the weight stage of a split backward."""
+    return node.op == "call_function" and info(node).stage == "weight"
+
+
 def is_float(node: fx.Node) -> bool:
     """Whether a node is one tensor of a differentiable dtype."""
     val = node.meta.get("val")
