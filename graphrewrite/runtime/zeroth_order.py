@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 CHUNK = 1 << 12
-"""How many numbers are drawn at a time: 32 KiB of them, so that small models are not outweighed by their noise."""
+"""How many numbers are drawn at a time. What that takes (about 60 kB) is the least a step needs."""
 
 
 class Directions(Protocol):
