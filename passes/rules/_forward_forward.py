@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,15 +41,19 @@ class Contrast:
     per_unit: bool = True
     negatives: int = 1
 
-    def score(self, *outputs: torch.Tensor) -> torch.Tensor:
-        """Goodness minus theta of the samples of one or several passes, (samples,)."""
-        return torch.cat([self._score(h) for h in outputs]) if len(outputs) > 1 else self._score(outputs[0])
+    def scorer(self, graph: JointGraph) -> Callable[..., torch.Tensor]:
+        """Goodness minus theta of the samples of one or several passes, (samples,), in the form for a graph."""
+        goodness = graph.context.form(mean_square if self.goodness == "mean" else sum_of_squares)
 
-    def _score(self, h: torch.Tensor) -> torch.Tensor:
-        squares = in_single(h.flatten(1)).square()
-        if self.goodness == "mean":
-            return squares.mean(1) - self.threshold
-        return squares.sum(1) - self.threshold * (squares.shape[1] if self.per_unit else 1)
+        def score(*outputs: torch.Tensor) -> torch.Tensor:
+            scores = [goodness(h) - self._theta(h) for h in outputs]
+            return torch.cat(scores) if len(scores) > 1 else scores[0]
+
+        return score
+
+    def _theta(self, h: torch.Tensor) -> Any:
+        per_unit = self.per_unit and self.goodness != "mean"
+        return self.threshold * (math.prod(h.shape[1:]) if per_unit else 1)
 
     def __call__(self, positive: torch.Tensor, negative: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """The loss of one output.
@@ -69,6 +74,16 @@ class Contrast:
 def in_single(h: torch.Tensor) -> torch.Tensor:
     """Half-precision values in float32: sums over them, and what learns from the sums, need the digits."""
     return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
+
+
+def sum_of_squares(h: torch.Tensor) -> torch.Tensor:
+    """Of each sample."""
+    return in_single(h.flatten(1)).square().sum(1)
+
+
+def mean_square(h: torch.Tensor) -> torch.Tensor:
+    """Of each sample."""
+    return in_single(h.flatten(1)).square().mean(1)
 
 
 def masked_mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -178,13 +193,13 @@ def teach_goodness(
     With collaboration, the goodness of the other outputs is added to each one's own, as a constant: it tells how
     well the rest of the network does on the sample already.
     """
-    scores = []
+    scores, score = [], contrast.scorer(graph)
     for one in outputs:
         like = NodeInfo(role=Role.LOSS, block=info(one.boundary).block, module=info(one.boundary).block)
         scores.append(
             (
-                graph.splice(contrast.score, [one.positive], like=like),
-                graph.splice(contrast.score, one.negative, like=like),
+                graph.splice(score, [one.positive], like=like),
+                graph.splice(score, one.negative, like=like),
             )
         )
     names = names_of([one.boundary for one in outputs])

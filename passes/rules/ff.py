@@ -13,10 +13,12 @@ from graphrewrite.passes.rules._forward_forward import (
     Peer,
     Taught,
     known,
+    mean_square,
     pass_info,
     refuse_silent_blocks,
     run_passes,
     shares_batch,
+    sum_of_squares,
     teach_goodness,
 )
 from graphrewrite.passes.rules._labels import (
@@ -206,7 +208,7 @@ class ForwardForward(Rule):
         """Let the blocks behind each hidden boundary read it divided by its RMS; returns the boundaries."""
         raw = [boundary for block in hidden for boundary in graph.boundaries(block)]
         for boundary in raw:
-            graph.map_value(boundary, rms_normalise)
+            graph.map_value(boundary, graph.context.form(rms_normalise))
         return raw
 
     def _read_out(
@@ -359,10 +361,10 @@ class ForwardForward(Rule):
         kind: str,
     ) -> fx.Node:
         """Sums or means of squares, summed over the boundaries, (batch, classes)."""
-        contrast = Contrast(kind, 0.0, "hinton", 0.0)
+        goodness_of = mean_square if kind == "mean" else sum_of_squares
 
         def total(*values: torch.Tensor) -> torch.Tensor:
-            goodness = torch.cat([contrast.score(v) for v in values])
+            goodness = torch.cat([goodness_of(v) for v in values])
             return goodness.reshape(len(boundaries), classes, -1).sum(0).t()
 
         like = NodeInfo(role=Role.FORWARD, block=LOSS_BLOCK, module="goodness", copy="read")
