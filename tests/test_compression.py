@@ -17,7 +17,7 @@ import graphrewrite as gr
 from graphrewrite.analysis.demands import Demand, saved_values
 from graphrewrite.graph.nodes import info
 from graphrewrite.testing import zoo
-from graphrewrite.testing.memory import saved_bytes
+from graphrewrite.testing.memory import peak_bytes, predicted_peak, saved_bytes
 
 EXACT = ("mask", "recompute", "recompute{plan=blocks}", "recompute{plan=all}")
 TOLERANCE = {"int8": 0.03, "int4": 0.6, "bf16": 0.02, "fp16": 0.003, "fp8": 0.15, "none": 0.0}
@@ -581,3 +581,36 @@ def test_demands_are_told_apart(exact):
     demands = {one.demand for v in values for one in v.readings}
     assert demands >= {Demand.VALUE, Demand.SIGN}
     assert [v.node for v in values] == [n for n in graph.nodes if n in {v.node for v in values}]
+
+
+# --- the peak --------------------------------------------------------------------------------------------------------
+
+
+def peaks(name, budgets):
+    """Predicted and measured peak of a case under each budget, from the largest."""
+    case = zoo.make(name)
+    torch.manual_seed(0)
+    x, y = case.batch(16)
+    for budget in budgets:
+        compiled = gr.compile(case.model, loss=case.loss, memory_budget=budget, verify="off", dynamic=None)
+        compiled.materialize(x, y)
+        compiled.zero_grad()
+        known = [*compiled.parameters(), *compiled.buffers(), *leaves(x, y)]
+        yield predicted_peak(compiled), peak_bytes(lambda c=compiled: c.loss(x, y).backward(), known)
+
+
+@pytest.mark.parametrize(
+    ("name", "budgets"),
+    [
+        ("mlp", (0.6, 0.15)),
+        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25, 0.15), marks=SLOW) for name in ("mlp", "cnn", "gpt")],
+    ],
+)
+def test_peak_is_predicted_and_falls_with_the_budget(name, budgets):
+    """Chains of recomputed values through several blocks would raise it again."""
+    last = None
+    for predicted, measured_bytes in peaks(name, budgets):
+        assert abs(predicted / measured_bytes - 1) < 0.05
+        assert last is None or measured_bytes <= 1.03 * last
+        last = measured_bytes
+    assert last is not None
