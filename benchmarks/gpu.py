@@ -269,7 +269,11 @@ def kernel_cases(elements: int, device: torch.device) -> Iterator[tuple[str, str
         yield "hadamard_transform", f"{label}, {group}", (x, group)
         yield "hadamard_quantize", f"{label}, {group}, 8 bits", (x, counter, 1, group, 8, False)
         rows = x[: max(1, min(x.shape[0], 4096)), : min(width, 1024)].contiguous()
-        yield "random_projection", f"{label}, {tuple(rows.shape)} -> {width}", (rows, counter, 1, width, "uniform", 1.0, False)
+        yield (
+            "random_projection",
+            f"{label}, {tuple(rows.shape)} -> {width}",
+            (rows, counter, 1, width, "uniform", 1.0, False),
+        )
 
 
 def measure_kernel(name: str, args: tuple[Any, ...], bandwidth: float, sizes: Sizes) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
     GRAPHREWRITE_DATA=folder python benchmarks/pepita_cifar.py --epochs 3
 
-The net of the published log: 3072-1024-10, ReLU, no bias, He-uniform weights, dropout 0.1 with one mask for both passes,
-batch 64, SGD with rate 0.01 and momentum 0.9, pixels in [0, 1]. Both learners start from the same weights and the same
-F and see the same batches. First, over some batches with the same dropout masks, the largest difference of their
-gradients; then each draws masks of its own, and test accuracy is measured after every epoch, beside the published
+The net of the published log: 3072-1024-10, ReLU, no bias, He-uniform weights, dropout 0.1 with one mask for both
+passes, batch 64, SGD with rate 0.01 and momentum 0.9, pixels in [0, 1]. Both learners start from the same weights and
+the same F and see the same batches. First, over some batches with the same dropout masks, the largest difference of
+their gradients; then each draws masks of its own, and test accuracy is measured after every epoch, beside the published
 figure. Writes `results/pepita_cifar.json`, anew after every epoch.
 """
 

@@ -13,6 +13,7 @@ import keyword
 import logging
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ __all__ = [
     "inductor_decompositions",
     "keep_random",
     "keyword_attributes",
+    "load_checkpoint",
     "make_fx",
     "native_kernels",
     "patched_checkpoint",
@@ -68,8 +70,8 @@ __all__ = [
     "rerun",
     "set_grad_wrapper",
     "statically_known_true",
+    "symbolic_forms",
     "traced_graph",
-    "unreduced_losses",
     "will_execute",
 ]
 
@@ -175,20 +177,29 @@ def custom_schedule(
     return made
 
 
+def load_checkpoint(path: Any, keys: set[str], group: Any) -> dict[str, Any]:
+    """What a checkpoint of `torch.distributed.checkpoint` holds under some keys, as nested dicts, in new tensors."""
+    from torch.distributed.checkpoint import state_dict_loader
+
+    return state_dict_loader._load_state_dict_from_keys(keys, checkpoint_id=path, process_group=group)
+
+
 @contextlib.contextmanager
 def patched_custom_functions(apply: Callable[..., Any]) -> Iterator[CustomApply]:
     """Route every `torch.autograd.Function.apply` to `apply(cls, original, args)`.
 
     `Function.apply` ends in `super().apply`, looked up at call time: patching that base also reaches an `apply`
-    that the user bound to a name before capture (`ste = STE.apply`).
+    that the user bound to a name before capture (`ste = STE.apply`). Other threads, which may be training, get
+    theirs.
     """
     base: Any = autograd_function._SingleLevelFunction
+    thread = threading.get_ident()
 
     def original(cls: type, *args: Any) -> Any:
         return super(base, cls).apply(*args)
 
     def routed(cls: type, *args: Any) -> Any:
-        return apply(cls, original, args)
+        return apply(cls, original, args) if threading.get_ident() == thread else original(cls, *args)
 
     base.apply = classmethod(routed)
     try:
@@ -199,19 +210,26 @@ def patched_custom_functions(apply: Callable[..., Any]) -> Iterator[CustomApply]
 
 @contextlib.contextmanager
 def patched_checkpoint(region: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
-    """Run `torch.utils.checkpoint` regions plainly, inside the context that `region()` gives."""
+    """Run this thread's `torch.utils.checkpoint` regions plainly, inside the context that `region()` gives."""
+    thread = threading.get_ident()
+    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+    function: Any = torch_checkpoint.CheckpointFunction
+    apply = function.apply
 
-    def plain_generator(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    def plain_generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if threading.get_ident() != thread:
+            yield from generator(*args, **kwargs)
+            return
         with region():
             yield
 
-    def plain_apply(run_function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+    def plain_apply(run_function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        if threading.get_ident() != thread:
+            return apply(run_function, preserve, *args)
         with region():
             return run_function(*args)
 
-    generator = torch_checkpoint._checkpoint_without_reentrant_generator
     torch_checkpoint._checkpoint_without_reentrant_generator = plain_generator
-    function: Any = torch_checkpoint.CheckpointFunction
     function.apply = plain_apply
     try:
         yield
@@ -237,19 +255,29 @@ def _python_decompositions() -> list[tuple[Any, dict[Any, Any]]]:
 
 
 @contextlib.contextmanager
-def unreduced_losses() -> Iterator[None]:
-    """Let `cross_entropy(reduction="none")` have its shape while it is traced.
+def symbolic_forms() -> Iterator[None]:
+    """What operators give at sizes that are symbols, where torch has it wrong or not at all.
 
-    For sizes that are symbols torch takes the shape of `nll_loss` from a Python form of it that has other arguments in
-    the operator's places, and finds a scalar.
+    `cross_entropy(reduction="none")`: torch takes the shape of `nll_loss` from a Python form of it that has other
+    arguments in the operator's places, and finds a scalar. The backward of `softshrink` and `multi_margin_loss` has no
+    Python form; only shape and dtype are read of the ones here.
     """
-    table, op = torch._decomp.decomposition_table, torch.ops.aten.nll_loss.default
-    misread = table.pop(op, None)
+    aten = torch.ops.aten
+    ours: dict[Any, Any] = {
+        aten.nll_loss.default: None,
+        aten.softshrink_backward.default: lambda grad, x, lambd: torch.empty_like(grad),
+        aten.multi_margin_loss_backward.default: lambda grad, x, *rest: torch.empty_like(x),
+    }
+    table: dict[Any, Any] = torch._decomp.decomposition_table
+    theirs = {op: table.pop(op, None) for op in ours}
+    table.update({op: form for op, form in ours.items() if form is not None})
     try:
         yield
     finally:
-        if misread is not None:
-            table[op] = misread
+        for op, form in theirs.items():
+            table.pop(op, None)
+            if form is not None:
+                table[op] = form
 
 
 class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a function
@@ -408,12 +436,24 @@ def quiet_export() -> Iterator[None]:
 
 
 def compile_guards(
-    shape_env: ShapeEnv, placeholders: Sequence[FakeTensor], names: Sequence[str]
+    shape_env: ShapeEnv, placeholders: Sequence[FakeTensor], names: Sequence[str], *, strides: bool
 ) -> tuple[str, Callable[[Sequence[torch.Tensor]], bool]]:
-    """The shape guards of a traced graph as readable text and as a fast predicate over its tensor inputs."""
-    code = shape_env.produce_guards_expression(list(placeholders))
-    if not code:
+    """The shape guards of a traced graph as readable text and as a fast predicate over its tensor inputs.
+
+    Args:
+        shape_env: What the sizes of the graph are symbols of.
+        placeholders: Fake values of the inputs.
+        names: What the text calls them.
+        strides: Whether the inputs must lie in memory as those did that the graph was traced with.
+    """
+    from torch._dynamo.source import LocalSource
+
+    sources = [LocalSource(f"t{i}") for i in range(len(placeholders))]
+    found = shape_env.produce_guards(list(placeholders), sources, ignore_static=True)
+    kept = [text for text in found if strides or not re.search(r"\.(stride|storage_offset)\(\)", text)]
+    if not kept:
         return "", lambda _tensors: True
+    code = " and ".join(kept)
     # the text is written by torch from symbolic shapes, never by a user or a file
     predicate = eval(f"lambda L: {code}", dict(SYMPY_INTERP))
     used = sorted({int(index) for index in re.findall(r"L\['t(\d+)'\]", code)})

@@ -7,11 +7,11 @@ import importlib.util
 
 import pytest
 import torch
-from graphrewrite.backends import inductor
+from graphrewrite.backends import inductor, triton
 from torch import nn
 
 import graphrewrite as gr
-from graphrewrite import _compat
+from graphrewrite import _compat, random
 from graphrewrite.errors import BackendError
 from graphrewrite.testing import gradients, zoo
 from helpers import train_step
@@ -79,6 +79,36 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return _compat.boxed(module)
 
     monkeypatch.setattr(inductor, "inductor_code", as_it_is)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "stages"),
+    [
+        ("dfa", {}, 2),
+        pytest.param("mono_forward", {}, 2, marks=pytest.mark.slow),
+        pytest.param("ff", {}, 2, marks=pytest.mark.slow),
+        # two samples are a single group of the narrowest tensor: one graph for them, one for all others
+        ("bp", {"compress": "int8{group=16}"}, 4),
+        pytest.param("bp", {"compress": "fewbit"}, 2, marks=pytest.mark.slow),
+        pytest.param("bp", {"split_backward": True}, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_ten_batch_sizes_compile_every_stage_at_most_twice(rule, options, stages, uncompiled):
+    model = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 9), nn.GELU(), nn.Linear(9, 3))
+    before = inductor.compiled_stages
+    ours = gr.compile(model, rule, backend="inductor", blocks="layers", **options)
+    theirs = gr.compile(copy.deepcopy(model), rule, blocks="layers", **options)
+    for size in (4, 7, 2, 3, 5, 6, 8, 9, 16, 33):
+        x, y = torch.randn(size, 12), torch.randint(0, 3, (size,))
+        found = []
+        for compiled in (ours, theirs):
+            compiled.module.zero_grad()
+            compiled.loss(x, y).backward()
+            if options.get("split_backward"):
+                compiled.backward_weight()
+            found.append(gradients(compiled.module))
+        assert_near(*found)
+    assert inductor.compiled_stages - before == stages
 
 
 @pytest.mark.parametrize("name", ["cnn", pytest.param("gcn", marks=pytest.mark.slow)])
@@ -281,6 +311,47 @@ def test_sketches_of_linear_layers_are_kernels(sketch):
     operators = [row.operator for row in ours.report().coverage]
     assert "philox" not in operators
     assert "philox" in [row.operator for row in theirs.report().coverage]
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("goodness", ["sum", pytest.param("mean", marks=pytest.mark.slow)])
+def test_forward_forward_is_on_kernels(goodness):
+    """Goodness and length normalisation of a block's output are one kernel, and so is their gradient."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 3))
+    ours, theirs = pair_of(model, f"ff{{goodness={goodness}}}", blocks="layers")
+    for _ in range(2):
+        x, y = torch.randn(5, 12), torch.tensor([0, 1, 2, 0, 1])
+        assert_near(train_step(ours, x, y), train_step(theirs, x, y))
+        torch.testing.assert_close(ours.losses, theirs.losses)
+    assert taken_by(ours) == {("ff_goodness", "forward"), ("ff_goodness_backward", "forward")}
+    part = ours.program().partition
+    launched = [node.target for node in triton.with_kernels(part.forward, part).graph.nodes]
+    # two hidden blocks: in the positive, the negative and the neutral pass; taught in two of them
+    assert launched.count(triton.goodness.ff_goodness.launch) == 6
+    assert launched.count(triton.goodness.ff_goodness_backward.launch) == 4
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_generated_feedback_is_drawn_in_the_product(distribution):
+    """No feedback weights are stored, and with our kernels they are not in the graph either."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
+    ours, theirs = pair_of(model, f"dfa{{generated=true,distribution={distribution}}}", blocks="layers")
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    first = train_step(theirs, x, y)
+    assert_near(train_step(ours, x, y), first)
+    # the same weights at every step
+    assert_near(train_step(theirs, x, y), first)
+    assert not dict(theirs.rule_state)
+    assert taken_by(ours) == {("random_projection", "backward")}
+    assert "philox" not in [row.operator for row in ours.report().coverage]
+    h = torch.tanh(model[2](torch.tanh(model[0](x))))
+    error = (torch.softmax(model[4](h), 1) - nn.functional.one_hot(y, 3)) / 5
+    delta = first["2.bias"]
+    matrices = [(2 * random.uniform(torch.tensor([0, 0, 0]), s, [3, 9]) - 1) / 3 for s in range(1, 5)]
+    if distribution == "uniform":
+        found = [((error @ matrix) * (1 - h * h)).sum(0) for matrix in matrices]
+        assert any(torch.allclose(one, delta, atol=1e-6) for one in found)
 
 
 @WITH_TRITON

@@ -65,9 +65,11 @@ for kind in ("gelu", "gelu_tanh", "silu", "tanh", "relu", "sigmoid", ""):
 build(activation.forward_three, KIND="silu", FIRST=2, BORDERS=11)
 build(activation.backward, BITS=2, LAST=3)
 build(activation.backward_three, LAST=7)
-build(quantise.encode, WIDTH=128, BITS=8, LEVELS=255, SYMMETRIC=False, STOCHASTIC=False, QUARTERS=True, LOG=0, SCALE=1.0, counter=None)
-build(quantise.encode, WIDTH=32, BITS=4, LEVELS=7, SYMMETRIC=True, STOCHASTIC=True, QUARTERS=True, LOG=5, SCALE=0.25, lows=None)
-build(quantise.encode, WIDTH=32, BITS=2, LEVELS=3, SYMMETRIC=False, STOCHASTIC=True, QUARTERS=False, LOG=0, SCALE=1.0)
+plain, turned = {"LOG": 0, "SCALE": 1.0}, {"LOG": 5, "SCALE": 0.25}
+nearest = {"SYMMETRIC": False, "STOCHASTIC": False, "counter": None}
+build(quantise.encode, WIDTH=128, BITS=8, LEVELS=255, QUARTERS=True, **nearest, **plain)
+build(quantise.encode, WIDTH=32, BITS=4, LEVELS=7, SYMMETRIC=True, STOCHASTIC=True, QUARTERS=True, lows=None, **turned)
+build(quantise.encode, WIDTH=32, BITS=2, LEVELS=3, SYMMETRIC=False, STOCHASTIC=True, QUARTERS=False, **plain)
 build(quantise.grids, WIDTH=128, LEVELS=15, SYMMETRIC=False)
 build(quantise.encode_with_grids, BITS=4, LEVELS=15, SYMMETRIC=False, STOCHASTIC=True)
 build(quantise.decode, BITS=4, LEVELS=15, SYMMETRIC=False, CLAMP=False)
@@ -90,4 +92,4 @@ def test_kernels_compile_to_machine_code(dtype, tmp_path):
         [sys.executable, str(script), dtype], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 27
+    assert len(done.stdout.split()) == 34

@@ -70,11 +70,19 @@ def with_kernels(module: fx.GraphModule, part: Partition) -> fx.GraphModule:
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     joined = {member: one for one in pairs(module.graph) for member in (one.first, one.second)}
+    # blocks compute equal things apart from each other; what runs them need not
+    launched: dict[tuple[Any, str], fx.Node] = {}
     for node in module.graph.nodes:
         if node in joined:
             if node not in env:
                 _call_joined(new, env, joined[node], part)
             continue
+        if node.target in _OWN:
+            same = launched.setdefault((node.target, str(node.args)), node)
+            if same is not node:
+                env[node] = env[same]
+                part.coverage[node.meta["aten"]] = part.coverage[same.meta["aten"]]
+                continue
         env[node] = new.node_copy(node, env.__getitem__)
         if node.op != "call_function":
             continue

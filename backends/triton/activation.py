@@ -139,7 +139,15 @@ def _launch_backward(g: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor,
         )
         return dx
     activation.backward[lambda meta: (-(-codes.numel() // meta["BLOCK"]),)](
-        flat, codes, levels.contiguous(), dx, count, codes.numel(), next_power_of_two(count), LAST=levels.numel() - 1, BITS=bits
+        flat,
+        codes,
+        levels.contiguous(),
+        dx,
+        count,
+        codes.numel(),
+        next_power_of_two(count),
+        LAST=levels.numel() - 1,
+        BITS=bits,
     )
     return dx
 

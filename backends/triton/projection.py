@@ -50,7 +50,12 @@ def matrix(
 
 
 def _reference(
-    x: torch.Tensor, counter: torch.Tensor, stream: int, features: Any, distribution: str, scale: float,
+    x: torch.Tensor,
+    counter: torch.Tensor,
+    stream: int,
+    features: Any,
+    distribution: str,
+    scale: float,
     transposed: bool,
 ) -> torch.Tensor:
     found = matrix(counter, stream, x.shape[-1], features, distribution, scale, transposed, x.dtype)
@@ -58,7 +63,12 @@ def _reference(
 
 
 def _launch(
-    x: torch.Tensor, counter: torch.Tensor, stream: int, features: Any, distribution: str, scale: float,
+    x: torch.Tensor,
+    counter: torch.Tensor,
+    stream: int,
+    features: Any,
+    distribution: str,
+    scale: float,
     transposed: bool,
 ) -> torch.Tensor:
     from graphrewrite.backends.triton.kernels import projection
@@ -76,7 +86,12 @@ def _launch(
 
 
 def _why_not(
-    x: torch.Tensor, counter: torch.Tensor, stream: int, features: Any, distribution: str, scale: float,
+    x: torch.Tensor,
+    counter: torch.Tensor,
+    stream: int,
+    features: Any,
+    distribution: str,
+    scale: float,
     transposed: bool,
 ) -> str:
     if distribution not in DISTRIBUTIONS:

@@ -2,9 +2,9 @@
 
 With `rotated`, groups are Hadamard-rotated before they are quantised and after they are decoded.
 
-The reference is the codecs `int8`, `int4`, `int2` and `hadamard` themselves, in their storage layout: a kernel can stand in the
-place of either half. Stochastic rounding draws number `i` of its stream of `graphrewrite.random` for element `i`;
-nothing is stored but codes, scales and minima.
+The reference is the codecs `int8`, `int4`, `int2` and `hadamard` themselves, in their storage layout: a kernel can
+stand in the place of either half. Stochastic rounding draws number `i` of its stream of `graphrewrite.random` for
+element `i`; nothing is stored but codes, scales and minima.
 """
 
 from __future__ import annotations
@@ -70,7 +70,13 @@ def hadamard_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _reference(
-    x: torch.Tensor, counter: torch.Tensor | None, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool,
+    x: torch.Tensor,
+    counter: torch.Tensor | None,
+    stream: int,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    stochastic: bool,
     rotated: bool,
 ) -> list[torch.Tensor]:
     codec = _codec(bits, group, symmetric, stochastic, rotated)
@@ -81,7 +87,13 @@ def _reference(
 
 
 def _launch(
-    x: torch.Tensor, counter: torch.Tensor | None, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool,
+    x: torch.Tensor,
+    counter: torch.Tensor | None,
+    stream: int,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    stochastic: bool,
     rotated: bool,
 ) -> list[torch.Tensor]:
     from graphrewrite.backends.triton.kernels import quantise
@@ -117,7 +129,13 @@ def _launch(
 
 
 def _fake(
-    x: torch.Tensor, counter: torch.Tensor | None, stream: int, bits: int, group: int, symmetric: bool, stochastic: bool,
+    x: torch.Tensor,
+    counter: torch.Tensor | None,
+    stream: int,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    stochastic: bool,
     rotated: bool,
 ) -> list[torch.Tensor]:
     rows = (x.numel() + group - 1) // group
@@ -139,7 +157,12 @@ quantize_pack = operator(
 
 
 def _decode(
-    residuals: Sequence[torch.Tensor], size: Sequence[Any], dtype: torch.dtype, bits: int, group: int, symmetric: bool,
+    residuals: Sequence[torch.Tensor],
+    size: Sequence[Any],
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    symmetric: bool,
     rotated: bool,
 ) -> torch.Tensor:
     like = torch.empty((), dtype=dtype, device=residuals[0].device).expand(list(size))
@@ -148,7 +171,12 @@ def _decode(
 
 
 def _launch_decode(
-    residuals: Sequence[torch.Tensor], size: Sequence[Any], dtype: torch.dtype, bits: int, group: int, symmetric: bool,
+    residuals: Sequence[torch.Tensor],
+    size: Sequence[Any],
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    symmetric: bool,
     rotated: bool,
 ) -> torch.Tensor:
     from graphrewrite.backends.triton.kernels import quantise

@@ -6,6 +6,7 @@ computes the same: codes bit by bit, floating-point results up to rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from graphrewrite.backends.triton.support import unavailable
 from graphrewrite.passes.compression import _sketch as _sketches
 from graphrewrite.passes.compression import _table_backward, ms_norm
 from graphrewrite.passes.compression._samples import Table
+from graphrewrite.passes.rules import _feedback, _forward_forward, _local
 
 ours = torch.ops.graphrewrite
 
@@ -50,6 +52,33 @@ def _sketch(distribution: str) -> _sketches.Sketch:
     return sketch
 
 
+def _rms_normalised(h: torch.Tensor) -> torch.Tensor:
+    return _goodness(h)[1]
+
+
+def _sum_of_squares(h: torch.Tensor) -> torch.Tensor:
+    return _goodness(h)[0].to(h.dtype)
+
+
+def _mean_square(h: torch.Tensor) -> torch.Tensor:
+    return (_goodness(h)[0] / math.prod(h.shape[1:])).to(h.dtype)
+
+
+def _goodness(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # goodness and normalisation of one output are one node, once equal calls are merged
+    squares, out = ours.ff_goodness(h, _local.RMS_EPS)
+    return squares, out
+
+
+def _random_product(
+    x: torch.Tensor, counter: torch.Tensor, stream: int, features: int, distribution: str, bound: float
+) -> torch.Tensor:
+    number = torch.stack([counter[0], counter[0] * 0, counter[0] * 0])
+    scale = bound if distribution == "uniform" else bound / math.sqrt(3.0)
+    found: torch.Tensor = ours.random_projection(x, number, stream, features, distribution, scale, False)
+    return found
+
+
 def stand_ins() -> dict[Callable[..., Any], Callable[..., Any]]:
     """By function; none where no kernel can run in this process."""
     if unavailable():
@@ -59,6 +88,10 @@ def stand_ins() -> dict[Callable[..., Any], Callable[..., Any]]:
         _table_backward.looked_up: _looked_up,
         _sketches.gaussian: _sketch("normal"),
         _sketches.rademacher: _sketch("signs"),
+        _local.rms_normalise: _rms_normalised,
+        _forward_forward.sum_of_squares: _sum_of_squares,
+        _forward_forward.mean_square: _mean_square,
+        _feedback.random_product: _random_product,
         ms_norm.measured: _measured,
         ms_norm.pulled_back: _pulled_back,
     }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import fx
 
-from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, unreduced_losses
+from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, symbolic_forms
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import base_of, drop_mutation, written_bases
 from graphrewrite.graph.nodes import (
@@ -235,7 +235,7 @@ class GraphCore:
             shape_env.ignore_fresh_unbacked_symbols() if forget else contextlib.nullcontext(),  # type: ignore[union-attr]
             self.fake_mode,
             native_kernels(),
-            unreduced_losses(),
+            symbolic_forms(),
             enable_python_dispatcher(),
             torch.amp.autocast("cpu", enabled=False),
             torch.amp.autocast("cuda", enabled=False),

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 
 MAX_CAPTURES = 16
 
+_CAPTURING = threading.RLock()
+"""Capture replaces functions of torch while it runs: in one thread at a time, whichever model it is of."""
+
 
 class CompiledModule(StatefulModule):
     """What `graphrewrite.compile` returns. Trains with any `torch.optim` optimizer.
@@ -86,7 +89,6 @@ class CompiledModule(StatefulModule):
         """Drop what is derived from the model: programs and name look-ups."""
         self._programs: dict[Any, list[Program]] = {}
         self._watch = ModelWatch(self.module)
-        self._lock = threading.RLock()
         self._latest: dict[str, Program] = {}
         self._captures: dict[str, int] = {}
         self._hooks: dict[str, int] = {}
@@ -196,7 +198,9 @@ class CompiledModule(StatefulModule):
 
         The update is that of `loss(x, y).backward()` and SGD with this learning rate, up to rounding: the same
         directions, but no gradient is ever held. Biases and normalisation weights do not decay. In a distributed run
-        all ranks move along the same directions, by the mean of their losses.
+        each rank draws directions of its own, ranks exchange the differences of losses, and all move along all
+        directions: weights that are equal at the start stay equal. With `shared=true` there are the same directions on
+        all ranks, and the mean of their losses.
 
         Args:
             x: As for `loss`.
@@ -393,11 +397,14 @@ class CompiledModule(StatefulModule):
     def program_for(self, kind: Kind, inputs: Inputs, targets: Any) -> tuple[Program, Call]:
         """The program that fits a call, captured if there is none yet, and the call's flat inputs."""
         call = flatten_call(kind, inputs, targets, self._options.dynamic, self._watch.key())
-        for program in self._programs.get(call.key, ()):
-            if program.guards(call.leaves, call.targets):
-                self._latest[kind] = program
+        program = self._known_program(kind, call)
+        if program is not None:
+            return program, call
+        with _CAPTURING:
+            # another thread may have captured it while this one waited
+            program = self._known_program(kind, call)
+            if program is not None:
                 return program, call
-        with self._lock:
             self._warn_about_hooks()
             known = self._programs.setdefault(call.key, [])
             program = build_program(
@@ -411,6 +418,13 @@ class CompiledModule(StatefulModule):
             self._example = _outline(inputs)
             self._watch.refresh()
         return program, call
+
+    def _known_program(self, kind: Kind, call: Call) -> Program | None:
+        for program in self._programs.get(call.key, ()):
+            if program.guards(call.leaves, call.targets):
+                self._latest[kind] = program
+                return program
+        return None
 
     def _warn_about_hooks(self) -> None:
         hooks = self._watch.hooks()
@@ -619,7 +633,7 @@ class CompiledModule(StatefulModule):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        derived_names = ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example")
+        derived_names = ("_programs", "_watch", "_latest", "_captures", "_hooks", "_example")
         for derived in (*derived_names, "_settled", "_weights"):
             state.pop(derived, None)
         state["losses"] = dict(self.losses)
