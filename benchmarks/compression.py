@@ -354,6 +354,10 @@ class _Value:
         self.node = object()
 
 
+def _key(row: dict[str, Any]) -> tuple[Any, Any]:
+    return row.get("stack"), row["setting"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stacks", nargs="+", default=["gpt", "llama"])
@@ -363,7 +367,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--part", default="all", choices=["all", "rivals", "ours", "solver"])
     parser.add_argument("--only", nargs="+", default=[], help="parts of names of settings")
-    parser.add_argument("--add", action="store_true", help="to the rows that the result file has")
+    parser.add_argument(
+        "--add", action="store_true", help="to the rows that the result file has, in the place of older ones"
+    )
     parser.add_argument("--time", action="store_true", help="step times as well")
     parser.add_argument("--name", default="compression", help="name of the result file")
     given = parser.parse_args()
@@ -372,13 +378,14 @@ def main() -> None:
     for name in given.stacks if given.part != "solver" else ():
         case = make(name, given.width, given.layers, given.batch, given.tokens)
         for row in rows_of(case, given.part, given.time):
-            rows.append(row)
+            rows = [old for old in rows if _key(old) != _key(row)] + [row]
             shown = {k: v for k, v in row.items() if k in ("saved_d", "error", "compile_seconds", "time")}
             print(f"{name:6s} {row['setting']:55s} {shown}", flush=True)
             write(given.name, rows)
     if given.part in ("all", "solver"):
-        rows += [solve_time(count) for count in (500, 5000)]
-        print(rows[-2:])
+        solved = [solve_time(count) for count in (500, 5000)]
+        print(solved)
+        rows = [old for old in rows if _key(old) not in map(_key, solved)] + solved
     print("written to", write(given.name, rows))
 
 

@@ -284,6 +284,24 @@ def test_what_must_be_exact_is_kept():
     assert compiled.report().saved_bytes == measured(compiled, x, y)
 
 
+class Power(nn.Module):
+    def __init__(self, exponent):
+        super().__init__()
+        self.linear, self.exponent = nn.Linear(16, 64), exponent
+
+    def forward(self, x):
+        return self.linear(x).exp().add(1).pow(self.exponent)
+
+
+@pytest.mark.parametrize(("exponent", "kept"), [(2, False), (3.5, False), (-0.5, True)])
+def test_small_powers_may_be_approximate(exponent, kept):
+    """The derivative of x^2 is x: an error stays what it is; that of a negative power grows without bound."""
+    compiled = gr.compile(Power(exponent), compress="int8", dynamic=None)
+    compiled(torch.randn(32, 16)).sum().backward()
+    reasons = [one.why for one in compiled.report().plan if one.codec == "keep"]
+    assert any("pow (base)" in why for why in reasons) is kept
+
+
 def test_signs_are_never_flipped():
     """ReLU's derivative reads its own bits, not the rounded value: with a linear net below, the mask decides alone."""
     model = nn.Sequential(nn.Linear(8, 256, bias=False), nn.ReLU(), nn.Linear(256, 4))
