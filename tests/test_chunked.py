@@ -205,6 +205,14 @@ class SeesRows(nn.Module):
         return self.linear(x), x.new_ones(5)
 
 
+def test_steps_of_the_whole_batch_are_refused():
+    compiled = gr.compile(nn.Linear(4, 3), chunk=2)
+    with pytest.raises(gr.RuleError, match="step_blocks runs the whole batch"):
+        compiled.step_blocks(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64), None)
+    with pytest.raises(gr.RuleError, match="zo_step runs the whole batch"):
+        compiled.zo_step(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64), 0.1)
+
+
 def test_evaluation_does_not_split():
     model, x = towers()
     compiled = gr.compile(model, loss=contrastive, chunk=4).eval()
