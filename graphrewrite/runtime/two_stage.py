@@ -67,8 +67,15 @@ class MicroBatch:
         """What the gradients belong to must be what it was in the first stage.
 
         Raises:
-            RuleError: A parameter, or a value that is held, was changed in place.
+            RuleError: A parameter, or a value that is held, was changed in place, or its memory given back.
         """
+        for spec, leaf in self.leaves:
+            if leaf.numel() and not leaf.untyped_storage().size():
+                raise RuleError(
+                    f"{spec.of} was sharded again behind .backward(): its gradient would reach nothing",
+                    remedy="fully_shard reduces and shards at the end of .backward(): use split_backward=False with "
+                    "it, or DistributedDataParallel",
+                )
         for (spec, leaf), version in zip(self.leaves, self._leaf_versions, strict=True):
             if leaf._version != version:
                 raise RuleError(
