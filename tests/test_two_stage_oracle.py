@@ -133,7 +133,9 @@ QUICK = (Custom, Tied)
 def torchs_own(model: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor | None:
     own = x.clone().requires_grad_()
     wanted = [p for p in model.parameters() if p.requires_grad]
-    (gradient,), groups = stage_backward_input([model(own)], [cotangent], [own], iter(wanted))
+    out = model(own)
+    out = out.clone() if out._is_view() else out  # torch's split detaches outputs in place, which views refuse
+    (gradient,), groups = stage_backward_input([out], [cotangent], [own], iter(wanted))
     stage_backward_weight(iter(wanted), groups)
     return gradient
 
