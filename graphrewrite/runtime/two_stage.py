@@ -139,10 +139,8 @@ class WeightQueue:
                 _hand_over(results, one)
             return
         for one in chosen:
-            found = one.program.run_weight(one)
             self.pending.popleft()
-            one.values = []
-            _hand_over(found, one)
+            _hand_over(one.program.run_weight(one), one)
 
     def take_newest(self) -> Callable[[], None]:
         """A function that computes the weight gradients of the newest pending micro-batch."""
@@ -157,10 +155,8 @@ class WeightQueue:
             if one not in self._taken:
                 raise RuleError("this weight task has run already", remedy="take a new one behind each .backward()")
             one.check_unchanged()
-            found = one.program.run_weight(one)
             self._taken.remove(one)
-            one.values = []
-            _hand_over(found, one)
+            _hand_over(one.program.run_weight(one), one)
 
         return run
 
