@@ -199,7 +199,7 @@ def test_checkpoints_are_whole_or_none(alone, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", broken)
+    monkeypatch.setattr(checkpoint, "save_parts", broken)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(folder, 2, modules, optimizers)
     assert checkpoint.latest(folder) == 1
