@@ -250,21 +250,24 @@ def kernel_cases(elements: int, device: torch.device) -> Iterator[tuple[str, str
             for stochastic in (False, True):
                 args = (x, counter, 1, bits, min(128, width), False, stochastic, False)
                 yield "quantize_pack", f"{label}, {bits} bits{', stochastic' if stochastic else ''}", args
+            args = (x, counter, 1, bits, min(128, width), False, False, True)
+            yield "quantize_pack", f"{label}, {bits} bits, rotated", args
             stored = KERNELS["quantize_pack"](x, counter, 1, bits, min(128, width), False, False, False)
-            yield (
-                "unpack_dequantize",
-                f"{label}, {bits} bits",
-                (stored, list(x.shape), dtype, bits, min(128, width), False, False),
-            )
-        borders = torch.tensor([-0.4602, 0.0, 0.4602], device=device)
-        levels = torch.tensor([-0.0076, 0.3227, 0.6773, 1.0076], device=device)
-        for kind in ("gelu", "silu"):
-            yield "few_bit_activation", f"{label}, {kind}, 2 bits", (x, borders, kind, 2)
-        codes = KERNELS["few_bit_activation"](x, borders, "gelu", 2)[1]
-        yield "few_bit_backward", f"{label}, 2 bits", (x, codes, levels, 2)
+            for rotated in (False, True):
+                args = (stored, list(x.shape), dtype, bits, min(128, width), False, rotated)
+                yield "unpack_dequantize", f"{label}, {bits} bits{', rotated' if rotated else ''}", args
+        for bits in (2, 3):
+            borders = torch.linspace(-2.0, 2.0, 2**bits - 1).tolist()
+            numbers, levels = list(range(2**bits)), torch.linspace(0.0, 1.0, 2**bits, device=device).to(dtype)
+            for kind in ("gelu", "silu"):
+                yield "few_bit_activation", f"{label}, {kind}, {bits} bits", (x, borders, numbers, kind, bits)
+            yield "few_bit_codes", f"{label}, {bits} bits", (x, borders, numbers, bits)
+            codes = KERNELS["few_bit_codes"](x, borders, numbers, bits)
+            yield "few_bit_backward", f"{label}, {bits} bits", (x, codes, levels, bits)
         out, mean, rstd = KERNELS["layer_norm"](x, [width], ones, ones, 1e-5)
         yield "layer_norm", label, (x, [width], ones, ones, 1e-5)
         yield "layer_norm_backward", label, (out, x, [width], mean, rstd, ones, ones)
+        yield "ms_norm_affine", label, (x, ones, ones, 1, 1e-5, False)
         for rms in (False, True):
             z, scale = KERNELS["ms_norm"](x, 1, 1e-5, rms)
             yield "ms_norm", f"{label}{', rms' if rms else ''}", (x, 1, 1e-5, rms)
@@ -371,11 +374,11 @@ def _version(package: str) -> str | None:
 
 
 class Record:
-    """The result file, written after every row; rows of the last run that this one does not measure stay."""
+    """The result file, written after every row; what a run of a part does not measure stays."""
 
-    def __init__(self, name: str, header: dict[str, Any]) -> None:
+    def __init__(self, name: str, header: dict[str, Any], *, fresh: bool) -> None:
         self.path = RESULTS / f"{name}.json"
-        before = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        before = json.loads(self.path.read_text()) if self.path.is_file() and not fresh else {}
         self.found: dict[str, Any] = {
             "environment": {**environment(), **driver()},
             **header,
@@ -416,6 +419,7 @@ def main() -> None:
     record = Record(
         f"gpu_{'reduced_' if reduced else ''}{device.type}",
         {"reduced": reduced, "sizes": vars(sizes), "copy_bytes_per_second": round(bandwidth)},
+        fresh=options.only is None and len(options.models) == len(MODELS),
     )
     if options.only != "models":
         for name, what, args in kernel_cases(sizes.kernel_elements, device):
