@@ -48,6 +48,13 @@ def write(name: str, rows: Any) -> pathlib.Path:
     return path
 
 
+def read(name: str) -> list[Any]:
+    """The rows of `results/<name>.json`; none if there is no such file."""
+    path = RESULTS / f"{name}.json"
+    found: list[Any] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return found
+
+
 def _finite(held: Any) -> Any:
     """JSON has no nan: null in its place."""
     if isinstance(held, float):

@@ -8,7 +8,7 @@ without parameters and inputs, in `d`: elements per token, layer and unit of wid
     python benchmarks/compression.py                # bytes and errors
     python benchmarks/compression.py --time         # step times as well: ratio to torch.compile, interleaved
 
-Writes `results/compression.json`. All rows of a stack are measured in one process.
+Writes `results/compression.json`. `--part` and `--add` split the run into several.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Ratio, ratio, write
+from common import Ratio, ratio, read, write
 from graphrewrite.passes.compression.plan_memory import Candidate, Choice, Problem, solve
 from torch import fx, nn
 from torch.nn import functional as F
@@ -244,7 +244,7 @@ OURS: dict[str, dict[str, Any]] = {
     "memory_budget=0.1": {"memory_budget": 0.1},
     "memory_budget=0.05": {"memory_budget": 0.05},
 }
-BUDGETS = (1.0, 0.5, 0.1, 0.0)
+BUDGETS = (1.0, 0.1)
 TIMED = ("bp", "compact", "int8", "memory_budget=0.1")
 FP8 = {"activation_quantization_aten_pass": {"quant_type": "torch.float8_e4m3fn", "size_in_mb": 0, "use_scaling": True}}
 
@@ -252,8 +252,6 @@ FP8 = {"activation_quantization_aten_pass": {"quant_type": "torch.float8_e4m3fn"
 def stock_rows(case: Case) -> Iterator[tuple[dict[str, Any], Callable[..., torch.Tensor]]]:
     for budget in BUDGETS:
         for bits, packed in ((32, None), (8, (8, 0)), (4, (4, 128))):
-            if bits == 4 and budget not in (1.0, 0.1):
-                continue
             name = f"torch.compile, budget {budget}" + (f", int{bits} hooks" if packed else "")
             yield {"setting": name, "rival": True}, stock(case, budget, packed)
 
@@ -272,19 +270,23 @@ def fp8_row(case: Case) -> dict[str, Any]:
     return row
 
 
-def rows_of(case: Case, timed: bool) -> Iterator[dict[str, Any]]:
-    shape = {"stack": case.name, "width": case.x.shape[-1], "layers": len(case.model), "batch": case.x.shape[0]}
-    shape["tokens"] = case.x.shape[1]
+def rivals(case: Case) -> Iterator[dict[str, Any]]:
     for name, run in (("eager", case.model), ("torch.utils.checkpoint, each layer", checkpointed(case))):
-        row = {**shape, "setting": name, "rival": True}
+        row: dict[str, Any] = {"setting": name, "rival": True}
         measure(case, row, run, eager=True)
         yield row
-    for extra, run in stock_rows(case):
-        row = {**shape, **extra}
+    for row, run in stock_rows(case):
         measure(case, row, run, eager=False)
         yield row
-    yield {**shape, **fp8_row(case)}
-    for name, options in OURS.items():
+    yield fp8_row(case)
+
+
+def rows_of(case: Case, part: str, timed: bool) -> Iterator[dict[str, Any]]:
+    shape = {"stack": case.name, "width": case.x.shape[-1], "layers": len(case.model), "batch": case.x.shape[0]}
+    shape["tokens"] = case.x.shape[1]
+    if part in ("all", "rivals"):
+        yield from ({**shape, **row} for row in rivals(case))
+    for name, options in OURS.items() if part in ("all", "ours") else ():
         row = {**shape, "setting": f"graphrewrite, {name}", "rival": False}
         started = time.process_time()
         compiled = gr.compile(case.model, dynamic=None, verify="off", **options)
@@ -342,22 +344,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stacks", nargs="+", default=["gpt", "llama"])
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--part", default="all", choices=["all", "rivals", "ours", "solver"])
+    parser.add_argument("--add", action="store_true", help="to the rows that the result file has")
     parser.add_argument("--time", action="store_true", help="step times as well")
     parser.add_argument("--name", default="compression", help="name of the result file")
     given = parser.parse_args()
-    rows = []
-    for name in given.stacks:
+    rows = read(given.name) if given.add else []
+    for name in given.stacks if given.part != "solver" else ():
         case = make(name, given.width, given.layers, given.batch, given.tokens)
-        for row in rows_of(case, given.time):
+        for row in rows_of(case, given.part, given.time):
             rows.append(row)
             shown = {k: v for k, v in row.items() if k in ("saved_d", "error", "compile_seconds", "time")}
             print(f"{name:6s} {row['setting']:55s} {shown}", flush=True)
             write(given.name, rows)
-    rows += [solve_time(count) for count in (500, 5000)]
-    print(rows[-2:])
+    if given.part in ("all", "solver"):
+        rows += [solve_time(count) for count in (500, 5000)]
+        print(rows[-2:])
     print("written to", write(given.name, rows))
 
 

@@ -5,8 +5,9 @@
 
 A tanh net on images halved to 14 x 14 pixels (a step of zeroth order costs as many numbers as there are weights, and
 learns the less from each), the same initial weights and batches for all, Adam falling to zero. A rule's rate stands
-behind it, `pepita@0.01`; those below were chosen with `--tune`, which measures on training images that it holds out and
-never looks at the test set. Test accuracy (of `compiled.predict`) after every epoch; the step's processor time over
+behind it, `pepita@0.01`; those below were chosen between 3e-3 and 1e-2 (pepita: and 3e-2) on 20,000 training images with
+`--tune`, which measures on training images that it holds out and never looks at the test set; variants of a rule that
+were not tried have the rate of the one that was. Test accuracy (of `compiled.predict`) after every epoch; the step's processor time over
 backpropagation's, medians of interleaved steps, with backpropagation against itself; bytes between forward and backward
 and the measured peak of a step, the gradients subtracted. Writes `results/forward_mnist.json`, or `--name`.
 """
@@ -29,23 +30,23 @@ from graphrewrite.testing.memory import gradient_bytes, measured_peak, peak_byte
 from graphrewrite.training import Budget, Learner, Split, side_by_side, take, train
 
 RULES = [
-    "bp@3e-3",
-    "pepita@3e-3",
+    "bp@1e-2",
+    "pepita@3e-2",
     "foton@3e-3",
-    "forward_gradient{perturb=weights}@1e-3",
-    "forward_gradient{perturb=weights,guess=local}@3e-3",
-    "forward_gradient@1e-3",
-    "forward_gradient{tangents=8}@3e-3",
-    "likelihood_ratio@1e-3",
-    "likelihood_ratio{samples=4}@3e-3",
-    "predictive_coding{variant=exact}@3e-3",
-    "predictive_coding@3e-3",
-    "equilibrium_propagation{free_steps=20,nudged_steps=6}@3e-3",
-    "target_propagation@3e-3",
-    "zeroth_order@1e-3",
-    "zeroth_order{queries=32}@3e-3",
-    "zeroth_order{method=stein,queries=32}@3e-3",
-    "zeroth_order{method=coordinate,sparsity=0.98}@3e-3",
+    "forward_gradient{perturb=weights}@1e-2",
+    "forward_gradient{perturb=weights,guess=local}@1e-2",
+    "forward_gradient@1e-2",
+    "forward_gradient{tangents=8}@1e-2",
+    "likelihood_ratio@1e-2",
+    "likelihood_ratio{samples=4}@1e-2",
+    "predictive_coding{variant=exact}@1e-2",
+    "predictive_coding@1e-2",
+    "equilibrium_propagation{free_steps=20,nudged_steps=6}@1e-2",
+    "target_propagation@1e-2",
+    "zeroth_order@1e-2",
+    "zeroth_order{queries=32}@1e-2",
+    "zeroth_order{method=stein,queries=32}@1e-2",
+    "zeroth_order{method=coordinate,sparsity=0.98}@1e-2",
 ]
 
 
@@ -93,7 +94,7 @@ def step_of(one: Learner, example: Split) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=None, help="data folder; default: the environment variable")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=2, help="hidden layers")
     parser.add_argument("--batch", type=int, default=128)

@@ -13,6 +13,7 @@ import keyword
 import logging
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ __all__ = [
     "inductor_decompositions",
     "keep_random",
     "keyword_attributes",
+    "load_checkpoint",
     "make_fx",
     "native_kernels",
     "patched_checkpoint",
@@ -175,20 +177,29 @@ def custom_schedule(
     return made
 
 
+def load_checkpoint(path: Any, keys: set[str], group: Any) -> dict[str, Any]:
+    """What a checkpoint of `torch.distributed.checkpoint` holds under some keys, as nested dicts, in new tensors."""
+    from torch.distributed.checkpoint import state_dict_loader
+
+    return state_dict_loader._load_state_dict_from_keys(keys, checkpoint_id=path, process_group=group)
+
+
 @contextlib.contextmanager
 def patched_custom_functions(apply: Callable[..., Any]) -> Iterator[CustomApply]:
     """Route every `torch.autograd.Function.apply` to `apply(cls, original, args)`.
 
     `Function.apply` ends in `super().apply`, looked up at call time: patching that base also reaches an `apply`
-    that the user bound to a name before capture (`ste = STE.apply`).
+    that the user bound to a name before capture (`ste = STE.apply`). Other threads, which may be training, get
+    theirs.
     """
     base: Any = autograd_function._SingleLevelFunction
+    thread = threading.get_ident()
 
     def original(cls: type, *args: Any) -> Any:
         return super(base, cls).apply(*args)
 
     def routed(cls: type, *args: Any) -> Any:
-        return apply(cls, original, args)
+        return apply(cls, original, args) if threading.get_ident() == thread else original(cls, *args)
 
     base.apply = classmethod(routed)
     try:
@@ -199,19 +210,26 @@ def patched_custom_functions(apply: Callable[..., Any]) -> Iterator[CustomApply]
 
 @contextlib.contextmanager
 def patched_checkpoint(region: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
-    """Run `torch.utils.checkpoint` regions plainly, inside the context that `region()` gives."""
+    """Run this thread's `torch.utils.checkpoint` regions plainly, inside the context that `region()` gives."""
+    thread = threading.get_ident()
+    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+    function: Any = torch_checkpoint.CheckpointFunction
+    apply = function.apply
 
-    def plain_generator(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    def plain_generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if threading.get_ident() != thread:
+            yield from generator(*args, **kwargs)
+            return
         with region():
             yield
 
-    def plain_apply(run_function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+    def plain_apply(run_function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        if threading.get_ident() != thread:
+            return apply(run_function, preserve, *args)
         with region():
             return run_function(*args)
 
-    generator = torch_checkpoint._checkpoint_without_reentrant_generator
     torch_checkpoint._checkpoint_without_reentrant_generator = plain_generator
-    function: Any = torch_checkpoint.CheckpointFunction
     function.apply = plain_apply
     try:
         yield

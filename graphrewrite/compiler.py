@@ -63,6 +63,8 @@ class Options:
     verify: Verification = "structure"
     seed: int = 0
     split_backward: SplitBackward | None = None
+    chunk: int | None = None
+    chunk_loss: Literal["joint", "mean"] = "joint"
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
 
 

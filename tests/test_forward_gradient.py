@@ -228,19 +228,20 @@ def test_local_guesses_by_hand(separate):
 
 
 @pytest.mark.parametrize(
-    ("options", "numbers", "law"),
+    ("options", "law", "draws"),
     [
-        ("perturb=weights", 11, 12),
-        pytest.param("perturb=weights,tangents=3", 11, 4, marks=pytest.mark.slow),
-        pytest.param("perturb=weights,distribution=signs", 11, 10, marks=pytest.mark.slow),
+        ("perturb=weights", 12, 400),
+        pytest.param("perturb=weights", 12, 10_000, marks=pytest.mark.slow),
+        pytest.param("perturb=weights,tangents=3", 4, 4000, marks=pytest.mark.slow),
+        pytest.param("perturb=weights,distribution=signs", 10, 4000, marks=pytest.mark.slow),
     ],
 )
-def test_weights_are_unbiased_with_relative_variance_d_plus_one(options, numbers, law):
-    """E|G' - G|^2 = (d + 1) / K |G|^2 for normal tangents, (d - 1) / K for signs."""
+def test_weights_are_unbiased_with_relative_variance_d_plus_one(options, law, draws):
+    """Identity 12: E|G' - G|^2 = (d + 1) / K |G|^2 for normal tangents, (d - 1) / K for signs."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1), nn.Linear(1, 1)).double()
-    assert sum(p.numel() for p in model.parameters()) == numbers
+    assert sum(p.numel() for p in model.parameters()) == 11
     x, y = torch.randn(3, 2).double(), torch.randn(3, 1).double()
-    check_law(model, f"forward_gradient{{{options}}}", x, y, law, list(dict(model.named_parameters())))
+    check_law(model, f"forward_gradient{{{options}}}", x, y, law, list(dict(model.named_parameters())), draws)
 
 
 @pytest.mark.slow
@@ -248,10 +249,10 @@ def test_activities_are_unbiased_with_relative_variance_d_plus_one():
     """At the units, whose cotangents a single sample's bias gradients are: d is the number of units."""
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x, y = torch.randn(1, 2).double(), torch.randn(1, 2).double()
-    check_law(model, "forward_gradient", x, y, 6 + 1, ["0.bias", "2.bias"], dynamic=None)
+    check_law(model, "forward_gradient", x, y, 6 + 1, ["0.bias", "2.bias"], 4000, dynamic=None)
 
 
-def check_law(model, rule, x, y, law, names, draws: int = 800, **options):
+def check_law(model, rule, x, y, law, names, draws, **options):
     compiled = compiled_for(model, rule, x, y, loss=F.mse_loss, **options)
     exact = torch.cat([g.flatten() for n, g in eager_grads(model, F.mse_loss(model(x), y)).items() if n in names])
     found = torch.empty(draws, len(exact), dtype=torch.float64)
@@ -264,7 +265,8 @@ def check_law(model, rule, x, y, law, names, draws: int = 800, **options):
     assert ((found.mean(0) - exact).abs() < 5 * error).all()
     ratios = (found - exact).square().sum(1) / exact.square().sum()
     margin = 4 * float(ratios.std()) / draws**0.5
-    assert margin < 0.5 * law
+    # the interval is narrow enough for the test to be able to fail
+    assert margin < 10 / draws**0.5 * law
     assert abs(float(ratios.mean()) - law) < margin
 
 

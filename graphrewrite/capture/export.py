@@ -163,10 +163,13 @@ def _converted(program: ExportedProgram, traced: _Traced, inputs: Inputs, target
 def _rebuilder(structure: Any) -> Callable[[Sequence[Any]], Any]:
     """Puts other values in the place of a structure's tensors, in order."""
     leaves, spec = pytree.tree_flatten(structure)
+    # the tensors themselves are not kept: they are the user's batch
+    rest = [(isinstance(x, torch.Tensor), None if isinstance(x, torch.Tensor) else x) for x in leaves]
+    del leaves
 
     def rebuild(values: Sequence[Any]) -> Any:
         given = iter(values)
-        return pytree.tree_unflatten([next(given) if isinstance(x, torch.Tensor) else x for x in leaves], spec)
+        return pytree.tree_unflatten([next(given) if known else x for known, x in rest], spec)
 
     return rebuild
 

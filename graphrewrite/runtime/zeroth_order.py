@@ -39,7 +39,7 @@ def zo_step(compiled: CompiledModule, x: Any, y: Any, lr: float, weight_decay: f
     """See `CompiledModule.zo_step`."""
     inputs, targets = as_inputs(x), as_targets(y)
     with torch.enable_grad():
-        program, _ = compiled._program("loss", inputs, targets)
+        program, _ = compiled.program_for("loss", inputs, targets)
     rule = _rule_of(compiled, program)
     specs = [spec for spec in program.operator.inputs if isinstance(spec, Param) and spec in program.differentiable]
     parameters = dict(compiled.module.named_parameters())

@@ -394,11 +394,12 @@ def hf_resnet() -> Case:
 
 @_entry
 def convnext() -> Case:
-    """`transformers` ConvNeXt for image classification."""
+    """`transformers` ConvNeXt for image classification, its branches not scaled down to 1e-6 at the start."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
     config = ConvNextConfig(
-        num_channels=3, patch_size=2, num_stages=2, hidden_sizes=[8, 12], depths=[1, 2], num_labels=5
+        num_channels=3, patch_size=2, num_stages=2, hidden_sizes=[8, 12], depths=[1, 2], num_labels=5,
+        layer_scale_init_value=0.5,
     )  # fmt: skip
     return Case(
         "convnext", ConvNextForImageClassification(config).train(), lambda n: (torch.randn(n, 3, 8, 8), _labels(n))

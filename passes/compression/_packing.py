@@ -89,15 +89,12 @@ def lengthened(rows: torch.Tensor, size: Any) -> torch.Tensor:
 
 
 def pad_end(flat: torch.Tensor, multiple: int) -> torch.Tensor:
-    """One-dimensional, lengthened by copies of its last element to a multiple of a number."""
+    """One-dimensional, lengthened by copies of its last element to a multiple of a number; see `lengthened`."""
     count = flat.shape[0]
     size: Any = (count + multiple - 1) // multiple * multiple
     if statically_known_true(size == count):
         return flat
-    if isinstance(size, int):
-        return torch.cat([flat, flat[-1:].expand(size - count)])
-    # as in `lengthened`: how much there is to add is no guard
-    return torch.slice_scatter(flat[-1:].expand(size), flat, 0, 0, count)
+    return torch.slice_scatter(flat.narrow(0, count - 1, 1).expand(size), flat, 0, 0, count)
 
 
 def to_groups(tensor: torch.Tensor, group: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ class Contrast:
             softplus(-alpha (g+ - g-)), without a threshold.
         alpha: See `loss`.
         per_unit: False: theta of the sum is `threshold` itself.
+        negatives: Negative samples per sample.
     """
 
     goodness: str
@@ -38,6 +39,7 @@ class Contrast:
     loss: str
     alpha: float
     per_unit: bool = True
+    negatives: int = 1
 
     def scorer(self, graph: JointGraph) -> Callable[..., torch.Tensor]:
         """Goodness minus theta of the samples of one or several passes, (samples,), in the form for a graph."""
@@ -61,7 +63,7 @@ class Contrast:
             negative: Scores of the negative ones, (negatives * batch,), one negative of each sample after the other.
             counted: Which samples count, (batch,).
         """
-        negative = negative.reshape(-1, positive.shape[0])
+        negative = negative.reshape(self.negatives, -1)
         if self.loss == "symba":
             values = F.softplus(-self.alpha * (positive - negative)).mean(0)
         else:
@@ -69,14 +71,19 @@ class Contrast:
         return masked_mean(values, counted)
 
 
+def in_single(h: torch.Tensor) -> torch.Tensor:
+    """Half-precision values in float32: sums over them, and what learns from the sums, need the digits."""
+    return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
+
+
 def sum_of_squares(h: torch.Tensor) -> torch.Tensor:
     """Of each sample."""
-    return h.flatten(1).square().sum(1)
+    return in_single(h.flatten(1)).square().sum(1)
 
 
 def mean_square(h: torch.Tensor) -> torch.Tensor:
     """Of each sample."""
-    return h.flatten(1).square().mean(1)
+    return in_single(h.flatten(1)).square().mean(1)
 
 
 def masked_mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -139,7 +146,7 @@ class Peer:
 
     def activity(self, mean: torch.Tensor, h: torch.Tensor, axis: int) -> torch.Tensor:
         """The running mean after a batch."""
-        batch = h.mean(dim=tuple(d for d in range(h.dim()) if d != axis))
+        batch = h.to(mean.dtype).mean(dim=tuple(d for d in range(h.dim()) if d != axis))
         return self.momentum * mean + (1 - self.momentum) * batch
 
     def loss(self, mean: torch.Tensor, h: torch.Tensor, axis: int) -> torch.Tensor:
@@ -150,8 +157,8 @@ class Peer:
     def state(self, graph: JointGraph, name: str, boundary: fx.Node, h: fx.Node) -> fx.Node:
         """The running mean of a boundary, 0.5 at first, updated by its positive pass."""
         axis = feature_axis(boundary)
-        size, dtype = fix(value(boundary).shape[axis]), value(boundary).dtype
-        node = graph.add_state(name, (size,), lambda tensor, _generator: tensor.fill_(0.5), dtype=dtype)
+        size = fix(value(boundary).shape[axis])
+        node = graph.add_state(name, (size,), lambda tensor, _generator: tensor.fill_(0.5))
         graph.update_state(name, lambda mean, h: self.activity(mean, h, axis), [h])
         return node
 
