@@ -241,13 +241,13 @@ def kernel_cases(elements: int, device: torch.device) -> Iterator[tuple[str, str
         ones = torch.ones(width, dtype=dtype, device=device)
         for bits in (8, 4, 2):
             for stochastic in (False, True):
-                args = (x, counter, 1, bits, min(128, width), False, stochastic)
+                args = (x, counter, 1, bits, min(128, width), False, stochastic, False)
                 yield "quantize_pack", f"{label}, {bits} bits{', stochastic' if stochastic else ''}", args
-            stored = KERNELS["quantize_pack"](x, counter, 1, bits, min(128, width), False, False)
+            stored = KERNELS["quantize_pack"](x, counter, 1, bits, min(128, width), False, False, False)
             yield (
                 "unpack_dequantize",
                 f"{label}, {bits} bits",
-                (stored, list(x.shape), dtype, bits, min(128, width), False),
+                (stored, list(x.shape), dtype, bits, min(128, width), False, False),
             )
         borders = torch.tensor([-0.4602, 0.0, 0.4602], device=device)
         levels = torch.tensor([-0.0076, 0.3227, 0.6773, 1.0076], device=device)
@@ -269,7 +269,11 @@ def kernel_cases(elements: int, device: torch.device) -> Iterator[tuple[str, str
         yield "hadamard_transform", f"{label}, {group}", (x, group)
         yield "hadamard_quantize", f"{label}, {group}, 8 bits", (x, counter, 1, group, 8, False)
         rows = x[: max(1, min(x.shape[0], 4096)), : min(width, 1024)].contiguous()
-        yield "random_projection", f"{label}, {tuple(rows.shape)} -> {width}", (rows, counter, 1, width, "uniform", 1.0)
+        yield (
+            "random_projection",
+            f"{label}, {tuple(rows.shape)} -> {width}",
+            (rows, counter, 1, width, "uniform", 1.0, False),
+        )
 
 
 def measure_kernel(name: str, args: tuple[Any, ...], bandwidth: float, sizes: Sizes) -> dict[str, Any]:

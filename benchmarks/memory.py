@@ -28,6 +28,7 @@ LOCAL = [
     "ff{loss=symba}",
     "ff{collaboration=previous}",
     "ff{collaboration=all}",
+    "ff{readout=all}",
     "mono_forward",
     "local_loss{head=pred}",
     "local_loss{head=sim}",

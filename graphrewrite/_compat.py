@@ -56,6 +56,7 @@ __all__ = [
     "inductor_decompositions",
     "keep_random",
     "keyword_attributes",
+    "load_checkpoint",
     "make_fx",
     "native_kernels",
     "patched_checkpoint",
@@ -174,6 +175,13 @@ def custom_schedule(
     }
     made._prepare_schedule_with_comms(order)  # type: ignore[arg-type]
     return made
+
+
+def load_checkpoint(path: Any, keys: set[str], group: Any) -> dict[str, Any]:
+    """What a checkpoint of `torch.distributed.checkpoint` holds under some keys, as nested dicts, in new tensors."""
+    from torch.distributed.checkpoint import state_dict_loader
+
+    return state_dict_loader._load_state_dict_from_keys(keys, checkpoint_id=path, process_group=group)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,11 @@ from graphrewrite.compiler import Options, Verification
 from graphrewrite.errors import GraphRewriteError
 from graphrewrite.objective import default_loss as default_loss
 from graphrewrite.passes.compression.compress_saved import split_compress
+from graphrewrite.passes.schedule.split_backward import SplitBackward
 from graphrewrite.pipeline import Pass, build_pass
 from graphrewrite.registry import find
 from graphrewrite.rule import RuleMap, RuleSpec
+from graphrewrite.runtime.chunked import check_options
 from graphrewrite.runtime.module import CompiledModule
 
 
@@ -32,7 +34,9 @@ def compile(
     backend: str = "eager",
     fallback: Literal["eager"] | None = None,
     passes: Sequence[Pass | str] = (),
-    split_backward: bool = False,
+    split_backward: bool | str | SplitBackward = False,
+    chunk: int | None = None,
+    chunk_loss: Literal["joint", "mean"] = "joint",
     dynamic: Any = "auto",
     verify: Verification = "structure",
     seed: int = 0,
@@ -55,7 +59,12 @@ def compile(
         fallback: `"eager"`: what runs a graph that the backend cannot; None: that is a `BackendError`.
         passes: Extra passes; each declares `level`.
         split_backward: Two-stage backward: `.backward()` computes the inputs' gradients and what cannot wait,
-            `backward_weight()` the weight gradients.
+            `backward_weight()` the weight gradients. With options: a text form
+            (`"split_backward{budget=0.6,codec=int8}"`) or a `SplitBackward` object.
+        chunk: Run every training step in this many parts of the batch, with the memory of one part and the gradient of
+            the whole. Samples must not see each other in the model.
+        chunk_loss: `"joint"`: any loss of all outputs; each part's forward runs twice. `"mean"`: the loss is a mean
+            over samples; once.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
         verify: `"off"`, `"structure"`, or `"numeric"` (passes that promise it are held to bitwise equality).
         seed: Seed of rule state and of the rules' random operators.
@@ -84,9 +93,23 @@ def compile(
         dynamic=dynamic,
         verify=verify,
         seed=seed,
-        split_backward=split_backward,
+        split_backward=_split(split_backward),
+        chunk=chunk,
+        chunk_loss=chunk_loss,
     )
+    check_options(options)
     compiled = CompiledModule(model, options)
     if example_inputs is not None:
         compiled.materialize(example_inputs, example_targets)
     return compiled
+
+
+def _split(what: bool | str | SplitBackward) -> SplitBackward | None:
+    if isinstance(what, bool) or what is None:
+        return SplitBackward() if what else None
+    built = build_pass(what)
+    if not isinstance(built, SplitBackward):
+        raise GraphRewriteError(
+            f"split_backward={what!r}", remedy='use True or a text form such as "split_backward{budget=0.6}"'
+        )
+    return built

@@ -14,7 +14,7 @@ from torch import nn
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.analysis.sparsity import tap_zeros
-from graphrewrite.backends import CODERS, Run, Taken
+from graphrewrite.backends import CODERS, STAND_INS, Run, Taken
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
@@ -26,6 +26,7 @@ from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, Tap, Us
 from graphrewrite.graph.partition import Partition, partition
 from graphrewrite.graph.verify import has_random, verify
 from graphrewrite.inputs import Inputs
+from graphrewrite.passes.schedule.split_backward import SplitBackward
 from graphrewrite.pipeline import Callback, Pass, PassEvent, PassManager, PassRecord
 from graphrewrite.rule import RuleMap
 from graphrewrite.runtime.program import Program
@@ -61,7 +62,9 @@ class Options:
     dynamic: Any = "auto"
     verify: Verification = "structure"
     seed: int = 0
-    split_backward: bool = False
+    split_backward: SplitBackward | None = None
+    chunk: int | None = None
+    chunk_loss: Literal["joint", "mean"] = "joint"
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
 
 
@@ -131,7 +134,7 @@ def build_program(
         graph.prune()
     operator = graph
     graph = pipeline.expand(graph)
-    split = options.split_backward and kind in ("forward", "loss")
+    split = options.split_backward if kind in ("forward", "loss") else None
     # the halves of a convolution's backward run in different stages then
     cleanup = [name for name in CLEANUP if not (split and name == "merge_convolution_backward")]
     graph = pipeline.run([textform.build("pass", name) for name in cleanup], graph)
@@ -148,7 +151,7 @@ def build_program(
         graph = pipeline.run([*extra, textform.build("pass", "eliminate_dead_code")], graph)
         graph.context.example = None
     if split:
-        graph = pipeline.run([textform.build("pass", "split_backward")], graph)
+        graph = pipeline.run(split.passes, graph)
     part = partition(graph)
     forward, backward, *weight = _lower(part, options)
     if part.backward_weight is not None and not weight:
@@ -177,6 +180,8 @@ def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, tar
     captured.graph.context.seed = options.seed
     if options.backend in CODERS:
         captured.graph.context.coder = registry.load(CODERS[options.backend])
+    if options.backend in STAND_INS:
+        captured.graph.context.stand_ins = registry.load(STAND_INS[options.backend])()
     assign_blocks(captured.graph, model, options.blocks)
     options.rules.assign(captured.graph)
     return captured

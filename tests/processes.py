@@ -13,7 +13,7 @@ import torch
 WORLD = 2
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -32,7 +32,7 @@ def _enter(rank: int, port: int, work: Any, arguments: tuple[Any, ...], results:
 def run(work: Any, arguments: tuple[Any, ...], folder: Any, limit: float = 500.0) -> list[Any]:
     """`work(rank, *arguments)` in two processes; what each returned."""
     context = torch.multiprocessing.spawn(
-        _enter, (_free_port(), work, arguments, str(folder)), nprocs=WORLD, join=False, daemon=True
+        _enter, (free_port(), work, arguments, str(folder)), nprocs=WORLD, join=False, daemon=True
     )
     try:
         deadline = time.monotonic() + limit

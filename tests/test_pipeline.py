@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -21,8 +23,11 @@ from graphrewrite.backends.distributed import (
     optimise,
     simulate,
 )
+from graphrewrite.backends.distributed.optimise import lower_bound
 from graphrewrite.backends.distributed.pipeline import stages_of_rank
+from graphrewrite.backends.distributed.search import beam
 from graphrewrite.backends.distributed.simulate import Action, StageCost
+from graphrewrite.backends.distributed.solve import solve
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -452,6 +457,85 @@ def test_a_made_schedule_runs_every_action_once():
     found = sorted((a.stage, a.kind, a.micro_batch) for own in made.actions for a in own)
     assert found == sorted((s, k, mb) for s in range(3) for k in "FIW" for mb in range(5))
     assert made.timeline.makespan >= made.bound - 1e-9
+
+
+@pytest.mark.parametrize(("backward", "weight"), [(1.3, 0.7), (1.0, 1.0)])
+@pytest.mark.parametrize("live", [1, 2])
+def test_schedules_under_a_cap_are_proved_the_shortest(live, backward, weight):
+    """A process whose memory is full waits for its first cotangents: the bound knows."""
+    ranks, micro_batches = 2, 4
+    costs = [StageCost(1, backward, weight)] * 2 * ranks
+    place = [*range(ranks), *reversed(range(ranks))]
+    made = optimise(costs, place, micro_batches, cap=2 * live, solve_seconds=60)
+    assert made.proved
+    assert max(made.timeline.peak) <= 2 * live
+    # the last process runs 2 * live forwards from 1 on; its first cotangents are there behind 4 F and one I
+    waits = max(0.0, 4 + backward - 1 - 2 * live)
+    bound = 1 + waits + micro_batches * 2 * (1 + backward + weight)
+    assert lower_bound(costs, place, micro_batches, 0.0, 2 * live) == pytest.approx(bound)
+    assert made.bound >= bound - 1e-9
+    assert live == 1 or made.bound == pytest.approx(bound)
+
+
+def uneven(seed: int, stages: int) -> list[StageCost]:
+    draw = random.Random(seed)
+    return [StageCost(*(round(draw.uniform(0.5, 1.5), 1) for _ in range(3))) for _ in range(stages)]
+
+
+def brute_force(costs, place, micro_batches: int) -> float:
+    """The shortest of all schedules: every order of every process."""
+    ranks = max(place) + 1
+
+    def orders(rank):
+        own = [Action(kind, s, mb) for s in range(len(costs)) if place[s] == rank for kind in "FIW" for mb in range(m)]
+        for order in itertools.permutations(own):
+            at = {a: i for i, a in enumerate(order)}
+            if all(
+                at[Action("F", a.stage, a.micro_batch)] <= at[Action("I", a.stage, a.micro_batch)] <= at[a]
+                for a in own
+                if a.kind == "W"
+            ) and all(not a.micro_batch or at[Action(a.kind, a.stage, a.micro_batch - 1)] < at[a] for a in own):
+                yield list(order)
+
+    m = micro_batches
+    found = []
+    for held in itertools.product(*(list(orders(rank)) for rank in range(ranks))):
+        with contextlib.suppress(gr.RuleError):  # some orders wait for one another
+            found.append(simulate(list(held), costs).makespan)
+    return min(found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_order_of_a_small_pipeline_is_shorter(seed):
+    costs = uneven(seed, 2)
+    shortest = brute_force(costs, [0, 1], 2)
+    made = optimise(costs, [0, 1], 2, solve_seconds=60)
+    assert made.proved
+    assert made.timeline.makespan == pytest.approx(shortest)
+    assert made.bound == pytest.approx(shortest)
+    assert lower_bound(costs, [0, 1], 2, 0.0) <= shortest + 1e-9
+    searched = beam(costs, [0, 1], 2, 0.0, float("inf"), width=50, below=1e9, bound=0.0)
+    assert simulate(searched, costs).makespan == pytest.approx(shortest)
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_the_integer_program_agrees_with_the_search(capped):
+    costs, place = uneven(4, 4), [0, 1, 1, 0]
+    cap = 3.0 if capped else None
+    bound = lower_bound(costs, place, 2, 0.1, cap)
+    made = optimise(costs, place, 2, communication=0.1, cap=cap)
+    best = made.timeline.makespan
+    solved, proved = solve(costs, place, 2, 0.1, cap, bound=bound, below=1.05 * best, seconds=100)
+    timeline = simulate(solved, costs, communication=0.1)
+    assert timeline.makespan == pytest.approx(proved, rel=1e-4)
+    assert timeline.makespan <= best + 1e-6
+    if capped:
+        assert max(timeline.peak) <= cap
+
+
+def test_pipelines_that_are_too_large_for_the_solver_are_refused():
+    with pytest.raises(gr.RuleError, match="too many for the solver"):
+        solve([StageCost()] * 8, [0, 1, 2, 3, 3, 2, 1, 0], 8, 0.0, None, bound=0.0, below=99.0, seconds=1)
 
 
 def test_caps_that_hold_nothing_are_refused():

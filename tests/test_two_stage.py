@@ -495,6 +495,76 @@ def test_compression_composes(compress):
     assert two.program().partition.held_bytes == two.report().held_bytes
 
 
+def pair_of_steps(one: gr.CompiledModule, two: gr.CompiledModule) -> None:
+    """One backward of each on the same numbers; the gradients of the inputs are compared bitwise."""
+    x, cotangent = torch.randn(2, 4, 16), torch.randn(2, 4, 16)
+    found = []
+    for compiled in (one, two):
+        own = x.clone().requires_grad_()
+        compiled(own).backward(cotangent)
+        found.append(own.grad)
+    assert_same(found[1], found[0], "gradient of the input")
+    assert two.report().held_bytes == two._weights.pending[0].nbytes
+    two.backward_weight()
+
+
+@pytest.mark.parametrize(
+    "options", [{"compress": "recompute{plan=blocks}"}, pytest.param({"memory_budget": 0.4}, marks=pytest.mark.slow)]
+)
+def test_a_budget_lets_the_weight_stage_compute_again(options):
+    """Inputs of maps and cotangents of their outputs, by products that the first stage has run as well."""
+    one, two = twins(Stage(layers=2))
+    two = gr.compile(two.module, split_backward="split_backward{budget=0.75}", **options)
+    plain = gr.compile(copy.deepcopy(one.module), split_backward=True, **options)
+    pair_of_steps(copy.deepcopy(one), plain)
+    pair_of_steps(one, two)
+    assert two.report().held_bytes <= 0.75 * plain.report().held_bytes
+    assert_equal_gradients(one, two)
+    repeated = [n for n in two.program().partition.order["weight"] if "mm" in str(n.target)]
+    assert len(repeated) > len([n for n in plain.program().partition.order["weight"] if "mm" in str(n.target)])
+
+
+@pytest.mark.parametrize(
+    "options", [{"compress": "int8"}, pytest.param({"memory_budget": 0.5}, marks=pytest.mark.slow)]
+)
+def test_held_cotangents_can_be_encoded(options):
+    """The gradients of the inputs are bitwise those without; weight gradients are off by what the codec loses."""
+    one, two = twins(Stage(width=128))
+    one = gr.compile(one.module, split_backward=True, **options)
+    two = gr.compile(two.module, split_backward="split_backward{codec=int8}", **options)
+    x, cotangent = torch.randn(4, 8, 128), torch.randn(4, 8, 128)
+    found = []
+    for compiled in (one, two):
+        own = x.clone().requires_grad_()
+        compiled(own).backward(cotangent)
+        found.append(own.grad)
+        compiled.backward_weight()
+    assert_same(found[1], found[0], "gradient of the input")
+    cotangents = [row for row in two.report().held if row.kind == "cotangent" and row.nbytes]
+    assert cotangents
+    assert all(row.codec == "int8" for row in cotangents)
+    assert two.report().held_bytes < 0.6 * one.report().held_bytes
+    right, off = gradients(one.module), gradients(two.module)
+    for name, g in right.items():
+        error = (off[name] - g).norm() / g.norm()
+        assert 0 <= error < 0.01
+        assert (error > 0) == (".n." not in name), name  # normalisations have theirs from the first stage
+
+
+def test_what_a_split_cannot_do_is_refused():
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    two = gr.compile(Stage(), split_backward="split_backward{budget=64}")
+    with pytest.raises(gr.RuleError, match="the lowest feasible is"):
+        two(x)
+    with pytest.raises(gr.RuleError, match=r"budget=1\.5"):
+        gr.compile(Stage(), split_backward="split_backward{budget=1.5}")
+    with pytest.raises(gr.GraphRewriteError, match="split_backward='fold_views'"):
+        gr.compile(Stage(), split_backward="fold_views")
+    two = gr.compile(Stage(), split_backward="split_backward{codec=recompute}")
+    with pytest.raises(gr.RuleError, match="stores nothing in another form"):
+        two(x)
+
+
 def test_nothing_outlives_the_second_stage():
     two = gr.compile(Stage(), split_backward=True)
     x = torch.randn(2, 3, 16, requires_grad=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from graphrewrite.backends.distributed.cut import Cut
+from graphrewrite.backends.distributed.failures import naming_lost_processes
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
@@ -83,7 +84,8 @@ class _ForwardPipeline:
         for given in (*([x] if self.is_first else []), *others.values()):
             if len(given) != size * self._micro_batches:
                 raise RuleError(f"a batch of {len(given)} is not {self._micro_batches} micro-batches of {size}")
-        schedule.step(*([x] if self.is_first else []), return_outputs=False, **others)
+        with naming_lost_processes(self._group):
+            schedule.step(*([x] if self.is_first else []), return_outputs=False, **others)
 
 
 class LocalPipeline(_ForwardPipeline):
@@ -233,7 +235,8 @@ class DFAPipeline(_ForwardPipeline):
             loss = torch.stack(each).mean()
             errors = torch.stack(torch.autograd.grad(loss, leaves))
             loss = loss.detach()
-        dist.broadcast(errors, group=self._group, group_src=len(self._made) - 1)
+        with naming_lost_processes(self._group):
+            dist.broadcast(errors, group=self._group, group_src=len(self._made) - 1)
         for out, error in zip(outputs, errors, strict=True):
             signal = error if self.feedback is None else (error.flatten(1) @ self.feedback).view_as(out)
             out.backward(signal)

@@ -2,19 +2,25 @@
 
 A greedy scheduler runs the pipeline in simulated time. A process that is free takes what is ready, in an order of
 preference, and never holds more than its cap. Several preferences and warm-ups are tried; the shortest schedule wins.
-`Pipeline` hands it to the engine's own runtime.
+Where it does not reach the lower bound, a beam search goes on, and for small pipelines, on request, an integer program.
+`Pipeline` hands the schedule to the engine's own runtime.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from graphrewrite.backends.distributed.search import beam
 from graphrewrite.backends.distributed.simulate import Action, Kind, StageCost, Timeline, simulate
+from graphrewrite.backends.distributed.solve import solve
 
 from graphrewrite.errors import RuleError
+
+_CLOSE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Optimised:
     Attributes:
         actions: Per process, in order.
         timeline: As simulated.
-        bound: No schedule of these stages on these processes is shorter.
+        bound: No schedule of these stages on these processes, under the cap, is shorter.
     """
 
     actions: list[list[Action]]
@@ -36,25 +42,57 @@ class Optimised:
         """How much longer than the bound it takes, as a share of it."""
         return self.timeline.makespan / self.bound - 1
 
+    @property
+    def proved(self) -> bool:
+        """Whether no schedule is shorter."""
+        return self.gap <= _CLOSE
 
-def lower_bound(costs: Sequence[StageCost], place: Sequence[int], micro_batches: int, communication: float) -> float:
-    """What no schedule can be shorter than: each process's work, and the time before its first and behind its last."""
+
+def lower_bound(
+    costs: Sequence[StageCost],
+    place: Sequence[int],
+    micro_batches: int,
+    communication: float,
+    cap: float | None = None,
+) -> float:
+    """What no schedule can be shorter than.
+
+    A process cannot start before the first micro-batch is there, and then does all of its work. Under a cap it waits,
+    too: until its first input cotangents are there, it can run no more forwards than the cap holds.
+    """
     count = len(costs)
+    hop = [communication if s and place[s] != place[s - 1] else 0.0 for s in range(count)]
     before = [0.0] * count
     for s in range(1, count):
-        before[s] = before[s - 1] + costs[s - 1].forward + (communication if place[s] != place[s - 1] else 0.0)
-    bounds = []
+        before[s] = before[s - 1] + costs[s - 1].forward + hop[s]
+    through = before[-1] + costs[-1].forward
+    after = [through] * count
+    """When the input cotangents of a stage can start."""
+    for s in reversed(range(count - 1)):
+        after[s] = after[s + 1] + costs[s + 1].backward + hop[s + 1]
+    bounds = [after[0] + costs[0].backward + costs[0].weight]
     for rank in set(place):
         own = [s for s in range(count) if place[s] == rank]
-        work = micro_batches * sum(costs[s].total for s in own)
-        # what comes last here is a weight gradient at best; the first stage's needs nothing behind it
-        bounds.append(min(before[s] for s in own) + work)
-    through = before[-1] + costs[-1].forward
-    back = sum(costs[s].backward for s in range(count)) + sum(
-        communication for s in range(1, count) if place[s] != place[s - 1]
-    )
-    bounds.append(through + back + costs[0].weight)
+        start = min(before[s] for s in own)
+        waits = 0.0
+        if cap is not None:
+            forwards = _forwards([costs[s] for s in own], micro_batches, cap)
+            waits = max(0.0, min(after[s] for s in own) - start - forwards)
+        bounds.append(start + waits + micro_batches * sum(costs[s].total for s in own))
     return max(bounds)
+
+
+def _forwards(costs: Sequence[StageCost], micro_batches: int, cap: float) -> float:
+    """The most time that forwards can take whose saved bytes are within a cap."""
+    room, time = cap, 0.0
+    equal = len({cost.saved for cost in costs}) == 1
+    for cost in sorted(costs, key=lambda c: c.forward / c.saved if c.saved else float("inf"), reverse=True):
+        fits = room / cost.saved + _CLOSE if cost.saved else float("inf")
+        # of equal sizes a whole number fits; else a part of one is let in, which only weakens the bound
+        number = min(float(micro_batches), float(int(fits)) if equal and cost.saved else fits)
+        time += number * cost.forward
+        room -= number * cost.saved
+    return time
 
 
 def optimise(
@@ -64,6 +102,8 @@ def optimise(
     *,
     communication: float = 0.0,
     cap: float | None = None,
+    width: int = 24,
+    solve_seconds: float = 0.0,
 ) -> Optimised:
     """The shortest schedule found.
 
@@ -73,6 +113,9 @@ def optimise(
         micro_batches: How many per step.
         communication: Time until what one process sends has arrived at another.
         cap: The most bytes that a process may hold; None: no cap.
+        width: How many partial schedules the beam search keeps, where the greedy one does not reach the bound; 0: it
+            does not run.
+        solve_seconds: How long SciPy's integer-program solver may try what the search left open: small pipelines only.
 
     Raises:
         RuleError: The cap does not hold one micro-batch.
@@ -95,11 +138,24 @@ def optimise(
                 continue
             key = (round(timeline.makespan, 9), max(timeline.peak))
             if best is None or key < best[:2]:
-                best = (*key, actions)
+                best = (timeline.makespan, key[1], actions)
+    bound = lower_bound(costs, place, micro_batches, communication, cap)
+    known = best[0] if best else math.inf
+    limit = math.inf if cap is None else cap
+    if width and known > bound + _CLOSE:
+        found = beam(costs, place, micro_batches, communication, limit, width=width, below=known, bound=bound)
+        if found is not None:
+            timeline = simulate(found, costs, communication=communication)
+            best, known = (timeline.makespan, max(timeline.peak), found), timeline.makespan
     if best is None:
         raise RuleError("no schedule keeps the cap", remedy="raise the cap, or cut the model into more stages")
-    timeline = simulate(best[2], costs, communication=communication)
-    return Optimised(best[2], timeline, lower_bound(costs, place, micro_batches, communication))
+    if solve_seconds and known > bound + _CLOSE:
+        solved, bound = solve(
+            costs, place, micro_batches, communication, cap, bound=bound, below=known, seconds=solve_seconds
+        )
+        if solved is not None and simulate(solved, costs, communication=communication).makespan < known:
+            best = (known, 0.0, solved)
+    return Optimised(best[2], simulate(best[2], costs, communication=communication), bound)
 
 
 def _greedy(

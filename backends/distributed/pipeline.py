@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from graphrewrite.backends.distributed.cut import Cut, replicate_tied
+from graphrewrite.backends.distributed.failures import naming_lost_processes
 from graphrewrite.backends.distributed.simulate import Action
 from torch import nn
 from torch.distributed import pipelining
@@ -175,6 +176,7 @@ class Pipeline:
 
         Raises:
             RuleError: The batch does not split into micro-batches of the size that the model was cut for.
+            LostProcessError: Another process ended, or did not answer in time.
         """
         given = x if isinstance(x, tuple) else (x,)
         losses: list[torch.Tensor] = []
@@ -187,8 +189,9 @@ class Pipeline:
         for name in self._cut.tied:
             for one in self._copies(name):
                 before[name], one.grad = one.grad, None
-        self.schedule.step(*args, target=y if self.is_last else None, losses=losses, return_outputs=False)
-        self._add_tied(before)
+        with naming_lost_processes(self._group):
+            self.schedule.step(*args, target=y if self.is_last else None, losses=losses, return_outputs=False)
+            self._add_tied(before)
         return torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
 
     def _check(self, given: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ a comparison the other way. That table is here.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -25,14 +25,16 @@ from graphrewrite.graph.nodes import (
     State,
     dense_order,
     info,
+    is_backward,
     is_getitem,
     producer,
+    runs_last,
     runs_later,
     spec_of,
     value,
 )
 from graphrewrite.graph.ops import is_random
-from graphrewrite.graph.partition import Partition, Saved, partition
+from graphrewrite.graph.partition import Partition, partition
 from graphrewrite.graph.text import operator_name
 
 if TYPE_CHECKING:
@@ -175,7 +177,7 @@ def saved_values(graph: JointGraph, part: Partition | None = None) -> list[Saved
             node,
             stored[node].nbytes,
             tuple(_readings(node)),
-            _closed(node, stored[node], node in results, node in written),
+            _closed(node, stored[node].carried, node in results, node in written),
             node not in data,
         )
         for node in graph.nodes
@@ -183,8 +185,35 @@ def saved_values(graph: JointGraph, part: Partition | None = None) -> list[Saved
     ]
 
 
-def _closed(node: fx.Node, saved: Saved, is_result: bool, is_written: bool) -> str:
-    if saved.carried:
+@dataclass(frozen=True)
+class HeldValue(SavedValue):
+    """A value that the first stage of a split backward leaves for the weight stage: an error reaches few gradients."""
+
+    @property
+    def needed_exactly(self) -> str:
+        """Which operator needs the exact numbers; those of the loss do not matter more than others here."""
+        return "" if super().needed_exactly.startswith("the loss,") else super().needed_exactly
+
+
+def held_values(graph: JointGraph) -> list[SavedValue]:
+    """What the first stage of a split backward computes, or is handed, and the weight stage reads."""
+    part = partition(graph)
+    stored = {one.node: one for one in part.held if one.nbytes and one.saved < 0}
+    results = {base_of(node) for node in graph.outputs.values()}
+    written = mutated_bases(graph.nodes)
+    return [
+        HeldValue(
+            node,
+            one.nbytes,
+            tuple(_readings(node, runs_last)),
+            _closed(node, False, node in results, node in written),
+        )
+        for node, one in stored.items()
+    ]
+
+
+def _closed(node: fx.Node, carried: bool, is_result: bool, is_written: bool) -> str:
+    if carried:
         return "it is a finished gradient"
     if is_result:
         return "it is a result of the call: the caller holds it anyway"
@@ -216,10 +245,10 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(value(node), torch.SymInt)
 
 
-def _readings(node: fx.Node) -> Iterator[Reading]:
-    for alias in (node, *views_of(node)):
+def _readings(node: fx.Node, later: Callable[[fx.Node], bool] = runs_later) -> Iterator[Reading]:
+    for alias in (node, *views_of(node, is_backward if later is runs_later else later)):
         for user in alias.users:
-            if runs_later(user):
+            if later(user):
                 yield _reading(user, alias)
 
 

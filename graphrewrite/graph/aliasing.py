@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
@@ -70,13 +70,13 @@ def view_chain(node: fx.Node) -> list[fx.Node]:
     return chain[::-1]
 
 
-def views_of(node: fx.Node) -> list[fx.Node]:
-    """The forward's views of a value, and their views, each behind what it looks at."""
+def views_of(node: fx.Node, later: Callable[[fx.Node], bool] = is_backward) -> list[fx.Node]:
+    """The views of a value, and their views, each behind what it looks at, but for those that run `later`."""
     found: list[fx.Node] = []
     stack = [node]
     while stack:
         for user in stack.pop().users:
-            if owns_no_memory(user) and not is_backward(user) and user not in found:
+            if owns_no_memory(user) and not later(user) and user not in found:
                 found.append(user)
                 stack.append(user)
     return found

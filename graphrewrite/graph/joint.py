@@ -60,6 +60,7 @@ from graphrewrite.graph.nodes import (
     is_float,
     is_getitem,
     producer,
+    runs_last,
     runs_later,
     value,
 )
@@ -614,7 +615,13 @@ class JointGraph(GraphCore):
     # --- saved values, taps ----------------------------------------------------------------------------------------
 
     def encode_saved(
-        self, node: fx.Node, codec: Codec, readers: Collection[fx.Node] | None = None, *, prune: bool = True
+        self,
+        node: fx.Node,
+        codec: Codec,
+        readers: Collection[fx.Node] | None = None,
+        *,
+        held: bool = False,
+        prune: bool = True,
     ) -> list[fx.Node]:
         """Let the backward read a value, and views of it, from `codec`'s encoding; the forward reads it as it is.
 
@@ -625,6 +632,7 @@ class JointGraph(GraphCore):
             node: A value that owns its memory.
             codec: Gets the elements in the order in which they lie in memory.
             readers: Which operators of the backward read the encoding; None: all that read the value or a view of it.
+            held: The value is one of the first stage of a split backward, and its weight stage reads the encoding.
             prune: Remove what nothing reads any more; a pass that encodes many values does it once, at the end.
 
         Returns:
@@ -632,9 +640,10 @@ class JointGraph(GraphCore):
         """
         if self.level != "aten":
             raise RuleError("encode_saved works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
-        aliases = [node, *views_of(node)]
+        reads = runs_last if held else runs_later
+        aliases = [node, *views_of(node, runs_last if held else is_backward)]
         wanted = {
-            alias: [user for user in alias.users if runs_later(user) and (readers is None or user in readers)]
+            alias: [user for user in alias.users if reads(user) and (readers is None or user in readers)]
             for alias in aliases
         }
         if not any(wanted.values()):
@@ -667,10 +676,11 @@ class JointGraph(GraphCore):
                 return coder.encode(laid_out, *numbers)
             return coder.encode(laid_out, *numbers, draw=Uniform(next(given), stream))
 
-        like = own.but(mirrors=None, codec=to_text(codec), encodes=node)
+        role = Role.COTANGENT if held and not is_backward(node) else own.role
+        like = own.but(mirrors=None, codec=to_text(codec), encodes=node, role=role)
         made = self.splice(store, [node, *symbols, *([self.counter()] if stream else [])], like=like, whole=False)
         residuals: list[fx.Node] = list(made) if isinstance(made, (tuple, list)) else [made]
-        self._move(mark, max([node, *symbols]).next)
+        self._move(mark, max([node, *symbols, self._last_input()]).next)
 
         def restore(*given: Any) -> torch.Tensor:
             stored, rest = given[: len(residuals)], iter(given[len(residuals) :])
@@ -681,7 +691,8 @@ class JointGraph(GraphCore):
             )
             return decoded if straight else decoded.permute([order.index(d) for d in range(len(order))])
 
-        back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors, stage="", block=info(first).block)
+        stage = "weight" if held else ""
+        back = own.but(role=Role.COTANGENT, mirrors=info(first).mirrors, stage=stage, block=info(first).block)
         mark = self.output_node.prev
         dynamic = [s for s in shape if isinstance(s, fx.Node)]
         decoded = self.splice(restore, [*residuals, *symbols, *dynamic], like=back, whole=False)
@@ -709,9 +720,11 @@ class JointGraph(GraphCore):
             if user.target is target and user.args == (node, dim) and not is_backward(user):
                 return user
         made = self.emit(target, (node, dim), like=info(node).but(mirrors=None))
-        if node.op != "placeholder":
-            node.append(made)
+        (node if node.op != "placeholder" else self._last_input()).append(made)
         return made
+
+    def _last_input(self) -> fx.Node:
+        return max(node for node in self.nodes if node.op == "placeholder")
 
     def _move(self, mark: fx.Node, anchor: fx.Node) -> None:
         """Move the operators behind `mark` in front of `anchor`."""
@@ -724,7 +737,7 @@ class JointGraph(GraphCore):
         for node in made:
             anchor.prepend(node)
 
-    def recompute(self, nodes: Collection[fx.Node]) -> int:
+    def recompute(self, nodes: Collection[fx.Node], *, keep_blocks: bool = False) -> int:
         """Let the backward compute forward values again instead of reading saved ones.
 
         ATen level only. Random and mutating operators are not repeated: what the backward needs of them stays saved.
@@ -732,6 +745,8 @@ class JointGraph(GraphCore):
 
         Args:
             nodes: Forward operators; those of them that the backward needs, directly or for others, are repeated.
+            keep_blocks: Label what is repeated with its own block, and not with its reader's: for a backward that
+                passes nothing from block to block and may run in the order of the forward.
 
         Returns:
             How many operators were repeated.
@@ -754,7 +769,8 @@ class JointGraph(GraphCore):
         repeated: dict[fx.Node, fx.Node] = {}
         for node in sorted(reader_of, key=position.__getitem__):
             own = info(reader_of[node])
-            like = info(node).but(role=Role.COTANGENT, copy=own.copy, block=own.block, stage="")
+            block = info(node).block if keep_blocks else own.block
+            like = info(node).but(role=Role.COTANGENT, copy=own.copy, block=block, stage="")
             repeated[node] = self._again(node, repeated, like)
         for reader in readers:
             for source in reader.all_input_nodes:
@@ -772,10 +788,14 @@ class JointGraph(GraphCore):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: repeated.get(n, n))
         return self.emit(target, args, kwargs, like=like, name=f"{node.name}_again", val=node.meta["val"])
 
-    def split_backward(self) -> Split:
+    def split_backward(self, budget: float | None = None) -> Split:
         """Let weight gradients, and what only they read or feed, run in a stage behind the input cotangents.
 
         ATen level only. Call it last: nodes that are added later belong to the first stage.
+
+        Args:
+            budget: What may be held between the stages: a float in (0, 1] is a fraction of what would be held, an int
+                is bytes. The weight stage computes the rest again. None: it repeats nothing that is costly.
 
         Returns:
             The nodes of the weight stage, and the gradients that stay in the first one, with the reason.
@@ -784,7 +804,7 @@ class JointGraph(GraphCore):
 
         if self.level != "aten":
             raise RuleError("split_backward works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
-        found = find_weight_stage(self)
+        found = find_weight_stage(self, budget)
         repeated: dict[fx.Node, fx.Node] = {}
         for node in found.again:
             repeated[node] = self._again(node, repeated, info(node).but(stage="weight"))

@@ -249,6 +249,9 @@ OutputSpec = UserOutput | Loss | LossTerm | BufferUpdate | InputUpdate | StateUp
 # --- node information --------------------------------------------------------------------------------------------
 
 
+REPLAY = "replay"
+
+
 @dataclass(frozen=True)
 class NodeInfo:
     """What a node is for and where it comes from. Immutable: passes write a new one.
@@ -262,7 +265,8 @@ class NodeInfo:
         source: `file:line` of the user's code.
         made_by: The pass that made the node; "capture" for the user's own operators.
         spec: For placeholders, what is fed in.
-        region: Identifier of the `torch.utils.checkpoint` region, "" outside.
+        region: Identifier of the `torch.utils.checkpoint` region, "" outside; `REPLAY` for what a rule has the backward
+            run again.
         copy: Label of the forward pass the node belongs to; "" for the first one (`clone_forward`).
         stage: The stage a schedule pass moved the node to; "" where its role decides.
         scales: Whether the node does nothing but multiply a finished gradient by the loss's cotangent.
@@ -313,6 +317,11 @@ def is_backward(node: fx.Node) -> bool:
 def runs_later(node: fx.Node) -> bool:
     """Whether a node belongs to the backward and was not moved to the forward by a schedule pass."""
     return is_backward(node) and info(node).stage != "forward"
+
+
+def runs_last(node: fx.Node) -> bool:
+    """Whether a schedule pass moved a node to the weight stage of a split backward."""
+    return node.op == "call_function" and info(node).stage == "weight"
 
 
 def is_float(node: fx.Node) -> bool:

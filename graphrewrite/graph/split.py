@@ -15,6 +15,8 @@ import torch
 from torch import fx
 
 from graphrewrite.analysis.cost import flops
+from graphrewrite.analysis.recomputation import is_costly
+from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import base_of, mutated_bases, owns_no_memory
 from graphrewrite.graph.nodes import (
     Grad,
@@ -36,6 +38,9 @@ from graphrewrite.graph.text import operator_name
 if TYPE_CHECKING:
     from graphrewrite.graph.joint import JointGraph
 
+_TRIES = 16
+"""How closely the price of repeated work is searched for."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -52,8 +57,16 @@ class Split:
     kept: dict[Param | State, str]
 
 
-def find_weight_stage(graph: JointGraph) -> Split:
-    """Tell which nodes can wait."""
+def find_weight_stage(graph: JointGraph, budget: float | None = None) -> Split:
+    """Tell which nodes can wait.
+
+    Args:
+        graph: ATen level.
+        budget: What may be held: bytes, or a fraction of what would be; None: nothing costly is repeated for it.
+
+    Raises:
+        RuleError: However much is computed again, more than the budget would be held.
+    """
     stages = stages_of(graph)
     backward = [n for n in graph.nodes if stages.get(n) == "backward"]
     inside = set(backward)
@@ -63,7 +76,7 @@ def find_weight_stage(graph: JointGraph) -> Split:
     while torn := _torn(waiting, backward):
         needed |= ancestors(torn, inside)
         waiting = _downstream([n for n in waiting if _is_gradient(n) and n not in needed], backward)
-    again = _place(graph, backward, waiting) if waiting else {}
+    again = _Placing(graph, backward, waiting).chosen(budget) if waiting else {}
     order = {node: None for node in graph.nodes if node in waiting}
     kept = {
         spec.of: _reason(node, stages)
@@ -104,63 +117,104 @@ def _torn(waiting: dict[fx.Node, None], backward: list[fx.Node]) -> list[fx.Node
     return [n for n in waiting if any(base_of(m) in torn for m in (n, *n.all_input_nodes))]
 
 
-def _place(graph: JointGraph, backward: list[fx.Node], waiting: dict[fx.Node, None]) -> dict[fx.Node, None]:
-    """Choose what is held between the stages: a minimum cut, in bytes.
+class _Placing:
+    """Chooses what is held between the stages: a minimum cut, in bytes.
 
     What the backward computes of forward values alone (a decoded or recomputed activation) may be computed in the
     weight stage instead of being held. Products are not repeated for it, and cotangents stay where they are: they are
-    what the first stage is for.
-
-    Returns:
-        What both stages compute; what only the weight stage reads is added to `waiting`.
+    what the first stage is for. Under a budget both are repeated, at a price: bytes plus price times work is minimised,
+    for the highest price that keeps the budget.
     """
-    inside, kept = set(backward), set(graph.outputs.values())
-    tangents = [n for n in graph.nodes if isinstance(spec_of(n) if n.op == "placeholder" else None, Tangent)]
-    cotangents, mutated = _downstream(tangents, backward), mutated_bases(backward)
 
-    def free(node: fx.Node) -> bool:
-        return (
-            node in inside
-            and node not in cotangents
-            and not is_impure(node)
-            and base_of(node) not in mutated
-            and not flops(node)
-        )
+    def __init__(self, graph: JointGraph, backward: list[fx.Node], waiting: dict[fx.Node, None]) -> None:
+        self._backward, self._waiting = backward, waiting
+        self._inside, self._kept = set(backward), set(graph.outputs.values())
+        tangents = [n for n in graph.nodes if isinstance(spec_of(n) if n.op == "placeholder" else None, Tangent)]
+        self._cotangents, self._mutated = _downstream(tangents, backward), mutated_bases(backward)
 
-    # from the readers to what they read, so that of equal cuts the one with the least to compute again is found
-    flow = nx.DiGraph()
-    flow.add_nodes_from(["readers", "held"])
-    stack = list(dict.fromkeys(s for n in waiting for s in n.all_input_nodes if s not in waiting))
-    for node in stack:
-        flow.add_edge("readers", (node, "out"))
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        may = free(node) and node.op == "call_function"
-        if may and (owns_no_memory(node) or isinstance(value(node), (tuple, list))):
-            flow.add_edge((node, "out"), (node, "in"))
-        else:
-            flow.add_edge((node, "out"), (node, "in"), capacity=_cost(node))
-        if not may:
-            flow.add_edge((node, "in"), "held")
-            continue
-        if not node.all_input_nodes:
+    def chosen(self, budget: float | None) -> dict[fx.Node, None]:
+        """What both stages compute; what only the weight stage reads is added to what waits."""
+        reached, held = self._cut(None)
+        if budget is not None:
+            allowed = budget * held if isinstance(budget, float) else budget
+            if held > allowed:
+                reached = self._within(allowed, held)
+        again: dict[fx.Node, None] = {}
+        for node in reversed(self._backward):
+            if node not in reached:
+                continue
+            if node not in self._kept and all(user in self._waiting for user in node.users):
+                self._waiting[node] = None
+            else:
+                again[node] = None
+        return dict.fromkeys(n for n in self._backward if n in again)
+
+    def _within(self, allowed: float, held: int) -> set[fx.Node]:
+        """The cut with the least work that holds no more than this."""
+        best, least = self._cut(0.0)
+        if least > allowed:
+            raise RuleError(
+                f"the split's budget allows {int(allowed):,} bytes between the stages of the backward, but the lowest "
+                f"feasible is {least:,} ({held:,} without a budget)",
+                remedy="raise the budget; compress=, or memory_budget= let the weight stage compute more again",
+            )
+        # bytes that one unit of work must save: what is held never falls as the price rises
+        low, high = 2.0**-40, 2.0**10
+        for _ in range(_TRIES):
+            price = (low * high) ** 0.5
+            reached, taken = self._cut(price)
+            if taken <= allowed:
+                best, low = reached, price
+            else:
+                high = price
+        return best
+
+    def _free(self, node: fx.Node, price: float | None) -> bool:
+        if node not in self._inside or is_impure(node) or base_of(node) in self._mutated:
+            return False
+        if price is None:
+            return node not in self._cotangents and not flops(node)
+        return bool(flops(node)) or not is_costly(node)
+
+    def _cut(self, price: float | None) -> tuple[set[fx.Node], int]:
+        """What to compute again, and the bytes that are held then.
+
+        The network runs from the readers to what they read, so that of equal cuts the one with the least to compute
+        again is found.
+        """
+        flow = nx.DiGraph()
+        flow.add_nodes_from(["readers", "held"])
+        stack = list(dict.fromkeys(s for n in self._waiting for s in n.all_input_nodes if s not in self._waiting))
+        for node in stack:
+            flow.add_edge("readers", (node, "out"))
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            may = self._free(node, price) and node.op == "call_function"
+            if may and (owns_no_memory(node) or isinstance(value(node), (tuple, list))):
+                flow.add_edge((node, "out"), (node, "in"))
+            else:
+                flow.add_edge((node, "out"), (node, "in"), capacity=_cost(node))
+            if not may:
+                flow.add_edge((node, "in"), "held")
+                continue
             flow.add_node((node, "in"))
-        for source in node.all_input_nodes:
-            flow.add_edge((node, "in"), (source, "out"))
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    _, (reached, _) = nx.minimum_cut(flow, "readers", "held")
-    again: dict[fx.Node, None] = {}
-    for node in reversed(backward):
-        if (node, "in") not in reached or not free(node):
-            continue
-        if node not in kept and all(user in waiting for user in node.users):
-            waiting[node] = None
-        else:
-            again[node] = None
-    return dict.fromkeys(n for n in backward if n in again)
+            if price and not owns_no_memory(node):
+                flow.add_edge((node, "in"), "held", capacity=price * _work(node))
+            for source in node.all_input_nodes:
+                flow.add_edge((node, "in"), (source, "out"))
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        _, (reached, _) = nx.minimum_cut(flow, "readers", "held")
+        again = {node for node in seen if (node, "in") in reached and self._free(node, price)}
+        held = {base_of(node): _cost(node) for node in seen if (node, "out") in reached and (node, "in") not in reached}
+        return again, sum(held.values())
+
+
+def _work(node: fx.Node) -> int:
+    """What computing a node again costs, in operations: its own, and those that its bytes stand for."""
+    return flops(node) + 4 * nbytes(value(node))
 
 
 def _cost(node: fx.Node) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from graphrewrite.passes.compression import PRESETS
 from torch import fx
 
 from graphrewrite import textform
@@ -87,14 +88,14 @@ class CompressSaved(Pass):
         return None, f"module {saved.module or '(root)'} is under no glob of compress="
 
     @staticmethod
-    def encode(graph: JointGraph, saved: SavedValue, codec: Codec) -> int:
+    def encode(graph: JointGraph, saved: SavedValue, codec: Codec, *, held: bool = False) -> int:
         """Splice the codec in, with a mask of its own for operators that compare; returns the bytes saved."""
         signs = _separate_signs(saved, codec)
         residuals = []
         if signs is not None:
             readers = {one.reader for one in signs[0].readings}
-            residuals += graph.encode_saved(saved.node, signs[1], readers, prune=False)
-        residuals += graph.encode_saved(saved.node, codec, prune=False)
+            residuals += graph.encode_saved(saved.node, signs[1], readers, held=held, prune=False)
+        residuals += graph.encode_saved(saved.node, codec, held=held, prune=False)
         return sum(nbytes(value(n)) for n in residuals)
 
     @staticmethod
@@ -270,7 +271,7 @@ def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass]
     entries = []
     for glob, held in given.items():
         codecs = []
-        for one in held if isinstance(held, (list, tuple)) else [held]:
+        for one in _spelled_out(held):
             built = textform.build("codec", one)
             if isinstance(built, Pass):
                 passes.append(_restricted(built, glob, tuple(given)[: list(given).index(glob)]))
@@ -279,6 +280,12 @@ def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass]
         if codecs:
             entries.append((glob, tuple(codecs)))
     return passes, CompressSaved(tuple(entries)) if entries else None
+
+
+def _spelled_out(held: Any) -> list[Any]:
+    """What is given for one glob as a list, with the presets in it written out."""
+    named = list(held) if isinstance(held, (list, tuple)) else [held]
+    return [one for name in named for one in (PRESETS.get(name, (name,)) if isinstance(name, str) else (name,))]
 
 
 def _restricted(one: Pass, glob: str, earlier: tuple[str, ...]) -> Pass:

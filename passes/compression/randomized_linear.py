@@ -65,7 +65,8 @@ class RandomizedLinear(ApproximateBackward):
 
     def _replace(self, graph: JointGraph, linears: list[Linear]) -> None:
         counter, stream = graph.counter(), graph.stream()
-        sketch, part = SKETCHES[self.sketch], Fraction(self.rate).limit_denominator(10_000)
+        sketch = graph.context.form(SKETCHES[self.sketch])
+        part = Fraction(self.rate).limit_denominator(10_000)
 
         def height(count: Any) -> Any:
             return (count * part.numerator + part.denominator - 1) // part.denominator

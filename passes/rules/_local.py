@@ -12,11 +12,13 @@ from graphrewrite.graph.core import Block
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import LOSS_BLOCK, Target, UserInput, fix, info, is_float, value
 
+RMS_EPS = 1e-8
+
 
 def rms_normalise(h: torch.Tensor) -> torch.Tensor:
     """H / (RMS(h) + 1e-8), over all dimensions but the first: no mean is removed, there is no affine part."""
     rms = h.square().mean(dim=tuple(range(1, h.dim())), keepdim=True).sqrt()
-    return h / (rms + 1e-8)
+    return h / (rms + RMS_EPS)
 
 
 def class_count(graph: JointGraph, given: int | None = None) -> int:

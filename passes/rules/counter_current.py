@@ -127,16 +127,14 @@ class CounterCurrent(Rule):
         act, shapes = _named(self.activation), [(width, _feature_count(level))]
         if chain is not None and (chain.shapes[-1][0], chain.shapes[0][1]) == shapes[0]:
             act, shapes = chain.activation or act, chain.shapes[::-1]
-        dtype = value(level).dtype
         weights = [
-            graph.add_state(
-                self.state_name(f"mirror.{number}.{i}"), (inputs, outputs), _fill(outputs), trainable=True, dtype=dtype
-            )
+            graph.add_state(self.state_name(f"mirror.{number}.{i}"), (inputs, outputs), _fill(outputs), trainable=True)
             for i, (outputs, inputs) in enumerate(shapes)
         ]
 
         def signals(*inputs: torch.Tensor) -> torch.Tensor:
-            b = torch.eye(classes, dtype=dtype, device=inputs[0].device) if above is None else inputs[-1].detach()
+            codes = torch.eye(classes, dtype=inputs[0].dtype, device=inputs[0].device)
+            b = codes if above is None else inputs[-1].detach()
             for weight in inputs[: len(weights)]:
                 b = act(F.linear(b, weight))
             return b
@@ -154,7 +152,7 @@ class CounterCurrent(Rule):
         def loss(y: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
             total = None
             for i, (axis, spatial) in enumerate(plans):
-                a, b = inputs[2 * i], inputs[2 * i + 1]
+                a, b = inputs[2 * i].to(inputs[2 * i + 1].dtype), inputs[2 * i + 1]
                 if a.dim() > 2:
                     a = a.mean(tuple(d for d in range(1, a.dim()) if d != axis))
                 unit = self.normalise == "always" or (self.normalise == "auto" and spatial)
@@ -207,6 +205,9 @@ def _chain(graph: JointGraph, block: str, level: fx.Node) -> _Chain | None:
         if info(node).block != block or info(node).role is not Role.FORWARD:
             continue
         inputs = flat_inputs(node)
+        if node.target is aten._to_copy.default:  # autocast's, of activations and of weights
+            current = node if current in inputs else current
+            continue
         if current not in inputs or not isinstance(value(node), torch.Tensor):
             return None
         if node.target is aten.linear.default and value(node).dim() == 2:

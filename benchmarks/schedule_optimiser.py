@@ -1,0 +1,84 @@
+"""How far made schedules are from a lower bound, and from the engine's own schedules.
+
+    python benchmarks/schedule_optimiser.py [--seconds 60]
+
+Costs are in units of a stage's forward; two stages per process, folded back; nothing is measured here but the time
+that the optimiser takes. A stage saves one unit per micro-batch: a cap of 2 p units is what 1F1B takes with stages of
+twice the size.
+
+* No cap, a cap of p micro-batches, and of p / 2, for p processes, m micro-batches and four ratios of I to W.
+* Small pipelines with costs that differ from stage to stage, where an integer program proves the optimum.
+
+Writes `results/schedule_optimiser.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from typing import Any
+
+from common import write
+from graphrewrite.backends.distributed import actions_of, optimise, simulate
+from graphrewrite.backends.distributed.simulate import StageCost
+
+RATIOS = ((1.3, 0.7), (1.17, 0.83), (1.0, 1.0), (0.8, 1.2))
+
+
+def row(costs: list[StageCost], ranks: int, micro_batches: int, cap: float | None, seconds: float) -> dict[str, Any]:
+    place = [*range(ranks), *reversed(range(ranks))]
+    started = time.process_time()
+    made = optimise(costs, place, micro_batches, cap=cap, solve_seconds=seconds)
+    taken = time.process_time() - started
+    plain = optimise(costs, place, micro_batches, cap=cap, width=0)
+    fixed = simulate(actions_of("ZBVZeroBubble", ranks, micro_batches), costs)
+    return {
+        "processes": ranks,
+        "micro_batches": micro_batches,
+        "cap": cap,
+        "makespan": round(made.timeline.makespan, 4),
+        "lower_bound": round(made.bound, 4),
+        "over_bound": round(made.gap, 5),
+        "proved": made.proved,
+        "greedy_over_bound": round(plain.timeline.makespan / made.bound - 1, 5),
+        "bubble": round(made.timeline.bubble, 4),
+        "peak": max(made.timeline.peak),
+        "ZBV_over_bound": round(fixed.makespan / made.bound - 1, 5),
+        "ZBV_peak": max(fixed.peak),
+        "seconds": round(taken, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="limit of the integer program")
+    parser.add_argument("--largest", type=int, default=8)
+    given = parser.parse_args()
+    rows = []
+    for ranks in (2, 4, 8):
+        for micro_batches in (2 * ranks, 4 * ranks):
+            for backward, weight in RATIOS:
+                for cap in (None, 2 * ranks, ranks):
+                    if ranks > given.largest:
+                        continue
+                    costs = [StageCost(1, backward, weight)] * 2 * ranks
+                    found = {"I": backward, "W": weight, **row(costs, ranks, micro_batches, cap, 0.0)}
+                    if cap == ranks:
+                        found["half_of_1F1B"] = round((ranks - 1) / (micro_batches + ranks - 1) / 2, 4)
+                    rows.append(found)
+                    print(found, flush=True)
+    draw = random.Random(0)
+    for ranks, micro_batches in ((2, 4), (2, 6), (3, 4)):
+        for cap in (None, ranks):
+            costs = [
+                StageCost(*(round(draw.uniform(0.5, 1.5), 2) for _ in range(3)), saved=1.0) for _ in range(2 * ranks)
+            ]
+            found = {"costs": "drawn", **row(costs, ranks, micro_batches, cap, given.seconds)}
+            rows.append(found)
+            print(found, flush=True)
+    print("written to", write("schedule_optimiser", rows))
+
+
+if __name__ == "__main__":
+    main()
