@@ -183,13 +183,13 @@ def assert_within_bounds(program: Any, codec: str, seed: int) -> None:
 
 
 @given(programs, pipelines(["bp"], EXACT))
-@profile(5, derandomize=True)
+@profile(4, derandomize=True)
 def test_backpropagation_is_eager_mode_through_any_exact_pipeline(program, pipeline):
     assert_preserves(program, pipeline)
 
 
 @given(programs, pipelines(RULES, [*EXACT, *LOSSY, *APPROXIMATE]))
-@profile(5, derandomize=True)
+@profile(4, derandomize=True)
 def test_any_pipeline_trains_or_is_refused(program, pipeline):
     assert_survives(program, pipeline)
 
