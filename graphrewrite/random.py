@@ -153,20 +153,36 @@ def direction(
 
 
 def in_chunks(
-    counter: torch.Tensor, stream: int, count: int, number: torch.Tensor | int | None, distribution: str
+    counter: torch.Tensor,
+    stream: int,
+    count: int,
+    number: torch.Tensor | int | None,
+    distribution: str,
+    chunk: int = _CHUNK,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """The numbers of `direction`, flat and a chunk at a time, as `(start, numbers)`, for where there is no room."""
+    """The numbers of `direction`, flat, an even `chunk` at a time, as `(start, numbers)`: for where room is short."""
     key = _key(counter, stream, 0 if number is None else number)
-    for start in range(0, count, _CHUNK):
-        length = min(_CHUNK, count - start)
+    for start in range(0, count, chunk):
+        length = min(chunk, count - start)
         words = _split_mix(key, start // 2, (length + 1) // 2).view(torch.int32)
-        if distribution == "sign":
-            made = _sign(words).to(torch.float32)
-        else:
-            pairs = _unit(words).view(-1, 2)
-            radius, angle = torch.sqrt(-2.0 * torch.log1p(-pairs[:, 0])), 2.0 * math.pi * pairs[:, 1]
-            made = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten()
-        yield start, made[:length]
+        yield start, (_signs_of(words) if distribution == "sign" else _normals_of(words))[:length]
+
+
+# in place, for they are called where there is no room
+
+
+def _signs_of(words: torch.Tensor) -> torch.Tensor:
+    return (words >> 31).bitwise_and_(1).mul_(-2).add_(1).to(torch.float32)
+
+
+def _normals_of(words: torch.Tensor) -> torch.Tensor:
+    """Both numbers that Box and Muller make of two uniform ones."""
+    made = (words >> 8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(-1, 2)
+    radius = made[:, 0].neg().log1p_().mul_(-2.0).sqrt_()
+    angle = made[:, 1] * (2.0 * math.pi)
+    torch.mul(radius, angle.cos(), out=made[:, 0])
+    torch.mul(radius, angle.sin_(), out=made[:, 1])
+    return made.view(-1)
 
 
 def _key(counter: torch.Tensor, stream: int, number: torch.Tensor | int) -> torch.Tensor:
@@ -186,9 +202,9 @@ def _split_mix(key: torch.Tensor, start: int, count: int) -> torch.Tensor:
 
 def _mix(words: torch.Tensor) -> torch.Tensor:
     # masks make the shifts of a signed word those of an unsigned one
-    words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * _MIX1
-    words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * _MIX2
-    return words ^ ((words >> 31) & ((1 << 33) - 1))
+    words = (words >> 30).bitwise_and_((1 << 34) - 1).bitwise_xor_(words).mul_(_MIX1)
+    words = (words >> 27).bitwise_and_((1 << 37) - 1).bitwise_xor_(words).mul_(_MIX2)
+    return (words >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(words)
 
 
 def _direction(

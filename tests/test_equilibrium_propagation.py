@@ -35,6 +35,15 @@ def pooled() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3)).double()
 
 
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.linear(x))
+
+
 def batch(model: nn.Sequential, n: int = 7):
     torch.manual_seed(1)
     shape = (n, 4) if isinstance(model[0], nn.Linear) else (n, 1, 8, 8)
@@ -179,6 +188,7 @@ def test_locality_is_as_certified():
             "no block ends in an activation",
         ),
         ("equilibrium_propagation", lambda: nn.Sequential(nn.Linear(4, 3)).double(), "before the one that computes"),
+        ("equilibrium_propagation", lambda: nn.Sequential(nn.Linear(4, 4), Skip(), nn.Linear(4, 3)).double(), "a skip"),
     ],
 )
 def test_what_cannot_settle_is_refused(rule, make, text):

@@ -166,6 +166,24 @@ def test_sparsity_leaves_out_other_coordinates_in_every_step():
     assert any((first[n] != 0).ne(second[n] != 0).any() for n in first)
 
 
+def test_salient_coordinates_are_asked_for_again():
+    """Half of the queries go where the running mean of |G_i| is largest; it moves where a query was spent."""
+    model = nn.Linear(8, 4, bias=False).double()
+    x, y = torch.randn(5, 8).double(), torch.randint(0, 4, (5,))
+    rule = "zeroth_order{method=coordinate,sparsity=0.75,mask=salient}"
+    compiled = gr.compile(model, rule, example_inputs=x, example_targets=y)
+    held = torch.zeros(32).double()
+    for step in range(3):
+        found = train_step(compiled, x, y)["weight"].flatten()
+        asked = found != 0
+        assert asked.sum() == 8
+        if step:
+            assert asked[held.topk(4).indices].all()
+        held = torch.where(asked, (held + found.abs()) / 2, held)
+        (state,) = compiled.rule_state.values()
+        assert_close({"saliency": state}, {"saliency": held})
+
+
 def test_the_common_prefix_is_computed_once():
     """The loops of the last layer's coordinates hold no operator of the layers before it."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -472,6 +490,8 @@ def test_locality_is_as_certified():
                 ("distribution=cauchy", "distribution='cauchy' is unknown"),
                 ("sparsity=0.5", "all weights at once"),
                 ("method=coordinate,sparsity=1.0", "leaves no coordinate"),
+                ("method=coordinate,sparsity=0.5,mask=grasp", "mask='grasp' is unknown"),
+                ("method=coordinate,mask=salient", "nothing to choose"),
                 ("method=coordinate,queries=3", "one query per coordinate"),
                 ("method=coordinate,difference=single", "the loss they start from"),
             ]

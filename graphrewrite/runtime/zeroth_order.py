@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from graphrewrite.runtime.program import Program
 
 
+CHUNK = 1 << 12
+"""How many numbers are drawn at a time: 32 KiB of them, so that small models are not outweighed by their noise."""
+
+
 class Directions(Protocol):
     """What a rule must tell for its steps to be taken in place."""
 
@@ -130,7 +134,7 @@ class _Walk:
             # a weight whose elements do not lie one after the other has no flat view: its numbers are dealt by index
             flat = weight.data.view(-1) if weight.is_contiguous() else None
             count = weight.numel()
-            pieces = random.in_chunks(counter, stream, count, number, self._distribution)
+            pieces = random.in_chunks(counter, stream, count, number, self._distribution, CHUNK)
             if flat is None:
                 whole = torch.cat([numbers for _, numbers in pieces]).to(weight.dtype)
                 weight.data.add_(whole.reshape(weight.shape), alpha=by)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from graphrewrite.passes.rules._energy import Layer, settled_blocks
 from graphrewrite.passes.rules._replay import Replay, refuse_empty_batch, task_loss, trained_leaves
+from graphrewrite.passes.rules._residual import ADDITIONS
 from torch import fx
 
 from graphrewrite.errors import RuleError
@@ -164,6 +165,7 @@ def _states(graph: JointGraph, fail: Callable[[str, fx.Node], None] | None = Non
             while node.target not in ACTIVATIONS and (before := _behind(graph, node)) is not None:
                 node = before
             if node.target in ACTIVATIONS and len(flat_inputs(node)) == 1:
+                _refuse_residual_sum(graph, block, flat_inputs(node)[0])
                 found[node] = _State(node, flat_inputs(node)[0])
             else:
                 reasons.append((f"block {block} ends in no activation but in {node.target}: it has no state", node))
@@ -180,6 +182,19 @@ def _states(graph: JointGraph, fail: Callable[[str, fx.Node], None] | None = Non
             "predictive_coding, whose states can be any activations",
         )
     return list(found.values())
+
+
+def _refuse_residual_sum(graph: JointGraph, block: str, argument: fx.Node) -> None:
+    """A skip couples two states with strength 1: they drive each other up without end."""
+    table = graph.table
+    moving = [n for n in flat_inputs(argument) if is_float(n) and table.requires_grad(n) and not table.is_weightlike(n)]
+    if argument.target in ADDITIONS and len(moving) > 1:
+        raise RuleError(
+            f"block {block} adds a skip in front of its activation: states coupled with strength 1 do not settle",
+            node=argument.name,
+            module=info(argument).module,
+            remedy="use predictive_coding, which needs no symmetric connections",
+        )
 
 
 def _behind(graph: JointGraph, node: fx.Node) -> fx.Node | None:

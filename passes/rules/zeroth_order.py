@@ -44,8 +44,9 @@ class ZerothOrder(Rule):
 
     `"coordinate"`: one weight after the other, G_i = (L(w + eps e_i) - L(w)) / eps, or the central difference. For
     each parameter there is one loop over its coordinates, which starts at the operator that reads the parameter: what
-    lies before it is computed once (common-prefix reuse). With `sparsity`, a random choice of coordinates of each
-    parameter is left out, another one in every step; their gradient is zero.
+    lies before it is computed once (common-prefix reuse). With `sparsity`, coordinates of each parameter are left out,
+    others in every step; their gradient is zero. Which ones is random, or, with `mask="salient"`, in half of the
+    queries those whose differences were largest when they were last asked for, and random in the other half.
 
     The loss that is returned is that of the unperturbed weights, whose pass alone updates batch-norm statistics; every
     pass normalises by its own batch statistics. Dropout draws one mask per step, which all passes share.
@@ -58,6 +59,8 @@ class ZerothOrder(Rule):
         difference: See above; coordinate takes `"forward"` (the default there) or `"central"`.
         distribution: `"normal"`, or `"sign"` for -1 and 1.
         sparsity: Share of the coordinates of each parameter that coordinate leaves out.
+        mask: See above: `"random"` or `"salient"`. The saliency is a running mean of |G_i|, made of the queries of
+            earlier steps: it costs none of its own, and as much state as there are weights.
         shared: The same directions on all ranks of a distributed run, instead of their own on each.
     """
 
@@ -67,6 +70,7 @@ class ZerothOrder(Rule):
     difference: Literal["central", "forward", "single"] | None = None
     distribution: Literal["normal", "sign"] = "normal"
     sparsity: float = 0.0
+    mask: Literal["random", "salient"] = "random"
     shared: bool = False
 
     name = "zeroth_order"
@@ -127,6 +131,10 @@ class ZerothOrder(Rule):
             raise RuleError("coordinate has one query per coordinate", remedy="leave queries out; sparsity saves some")
         if self.sparsity and self.method != "coordinate":
             raise RuleError(f"{self.method} perturbs all weights at once", remedy="use sparsity with method=coordinate")
+        if self.mask not in ("random", "salient"):
+            raise RuleError(f"mask={self.mask!r} is unknown", remedy="use 'random' or 'salient'")
+        if self.mask == "salient" and not self.sparsity:
+            raise RuleError("no coordinate is left out: there is nothing to choose", remedy="use mask with sparsity")
         if not graph.has_loss:
             raise RuleError("zeroth_order needs the loss", remedy="train with compiled.loss(x, y)")
         refuse_empty_batch(graph, self.name)
@@ -251,12 +259,23 @@ class ZerothOrder(Rule):
             whole=False,
         )
 
-        def choose(drawn: torch.Tensor) -> torch.Tensor:
+        salient = self.mask == "salient"
+        name = self.state_name(f"saliency.{spec_of(leaf)}".replace("parameter ", ""))
+        held = []
+        if salient:
+            held = [graph.add_state(name, (total,), lambda tensor, _: tensor.zero_(), dtype=value(leaf).dtype)]
+
+        def choose(drawn: torch.Tensor, *saliency: torch.Tensor) -> torch.Tensor:
             if chosen == total:
                 return torch.arange(total, device=drawn.device)
-            return random.uniform(self.counter_of(drawn), stream, [total]).argsort()[:chosen]
+            drawn_at = random.uniform(self.counter_of(drawn), stream, [total])
+            if salient:
+                # numbers in front of all drawn ones; where nothing is known yet, the draw decides
+                known = (saliency[0].to(drawn_at.dtype) + 1e-30 * drawn_at).topk((chosen + 1) // 2).indices
+                drawn_at = drawn_at.index_fill(0, known, -1.0)
+            return drawn_at.argsort()[:chosen]
 
-        where = graph.splice(choose, [counter], like=_LOSSES, whole=False)
+        where = graph.splice(choose, [counter, *held], like=_LOSSES, whole=False)
 
         def ask(number: torch.Tensor, found: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
             weight, base, order, inputs = values[0], values[1], values[2], values[3:]
@@ -274,6 +293,8 @@ class ZerothOrder(Rule):
             return [number + 1, torch.where(here, slope.to(found.dtype), found)]
 
         _, flat = graph.repeat(ask, start, chosen, inputs=[leaf, loss, where, *replay.inputs], like=_LOSSES)
+        if salient:
+            graph.update_state(name, _seen, [flat, where])
         self._give(
             graph, leaf, graph.splice(lambda flat, weight: flat.reshape(weight.shape), [flat, leaf], like=_LOSSES)
         )
@@ -302,3 +323,9 @@ class ZerothOrder(Rule):
 def _weights(leaf: fx.Node, graph: JointGraph) -> NodeInfo:
     """For operators on a weight itself."""
     return NodeInfo(role=Role.FORWARD, block=graph.table.block_of(leaf), module=info(leaf).module)
+
+
+def _seen(saliency: torch.Tensor, found: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """The running mean of the differences' size, moved where they were asked for."""
+    sizes = 0.5 * (saliency + found.abs()).index_select(0, asked)
+    return saliency.index_copy(0, asked, sizes.to(saliency.dtype))
