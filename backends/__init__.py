@@ -24,6 +24,11 @@ CODERS = {
 }
 """Backend -> a function from a codec to what encodes and decodes in its place, or to the codec itself."""
 
+STAND_INS = {
+    "triton": "graphrewrite.backends.triton.stand_ins:stand_ins",
+}
+"""Backend -> a function that gives functions of passes and rules, each with what takes its place: one operator."""
+
 
 @dataclass(frozen=True)
 class Taken:

@@ -208,6 +208,9 @@ def _trace(graph: JointGraph, module: fx.GraphModule, inputs: Sequence[Any]) -> 
         traced = _traced(run, inputs)
         if any(_mutates(n) for n in traced.graph.nodes):
             traced = _traced(torch.func.functionalize(run, remove="mutations"), inputs)
+    for node, given in zip(_placeholders(traced), inputs, strict=True):
+        # a size that is the same for all batches is a number, which tracing does not note
+        node.meta.setdefault("val", given)
     traced.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _mutates(n))
     traced.recompile()
     return traced

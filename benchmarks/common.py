@@ -8,7 +8,7 @@ import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,6 +46,13 @@ def write(name: str, rows: Any) -> pathlib.Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), "rows": _finite(rows)}, indent=1) + "\n")
     return path
+
+
+def read(name: str) -> list[Any]:
+    """The rows of `results/<name>.json`; none if there is no such file."""
+    path = RESULTS / f"{name}.json"
+    found: list[Any] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return found
 
 
 def _finite(held: Any) -> Any:
@@ -106,3 +113,31 @@ def _time(call: Callable[[], Any], calls: int) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - started) / calls
+
+
+def processor_ratios(calls: Sequence[Callable[[], Any]], *, rounds: int = 30) -> tuple[list[float], float]:
+    """Processor time of each call over that of the first one, for a machine that does other things as well.
+
+    Every round makes each call once, the order rotating, and the first one again at the end of its turn.
+
+    Returns:
+        Medians over rounds, and that of the first call's second time over its first.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    same = []
+    for number in range(rounds + 3):
+        for i in range(len(calls)):
+            which = (number + i) % len(calls)
+            spent = _processor_time(calls[which])
+            if number >= 3:
+                times[which].append(spent)
+            if which == 0 and number >= 3:
+                same.append(_processor_time(calls[0]) / spent)
+    first = times[0]
+    return [statistics.median(a / b for a, b in zip(one, first, strict=True)) for one in times], statistics.median(same)
+
+
+def _processor_time(call: Callable[[], Any]) -> float:
+    started = time.process_time()
+    call()
+    return time.process_time() - started

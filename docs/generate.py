@@ -1,4 +1,4 @@
-"""Write the pages that come from the code: `rules.md`, `rule_models.md`, `passes.md` and `cli_reference.md`.
+"""Write the pages that come from the code: `rules.md`, `matrix.md`, `results.md`, `passes.md` and `cli_reference.md`.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # exit code 1 if a committed page is not what would be written
@@ -6,6 +6,7 @@ python docs/generate.py --check    # exit code 1 if a committed page is not what
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import sys
@@ -32,10 +33,11 @@ ABOUT = (
 )
 
 
-ABOUT_MODELS = (
-    "Which rule trains which kind of model, with its default options and blocks: every pair took two steps, at the "
-    "captured batch size and at another one; losses, gradients and predictions were finite and every weight moved. "
-    "Where a rule refuses, its own message says why. `python benchmarks/rule_models.py` tries the pairs."
+ABOUT_MATRIX = (
+    "Which combinations of rule, model, codec, split and backend train: every cell took two steps, at the captured "
+    "batch size and at another one, with default options and blocks; losses, gradients and predictions were finite "
+    "and every weight moved. Where a combination is refused, the message of the error says why. "
+    "`python benchmarks/matrix.py` tries the cells, and says which of all combinations it tries."
 )
 
 
@@ -77,32 +79,128 @@ def rules_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-def rule_models_page() -> str:
-    """Rules times models, from what `benchmarks/rule_models.py` found."""
-    path = FOLDER.parent / "benchmarks" / "results" / "rule_models.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    models = list(max((row["models"] for row in rows), key=len))
+def matrix_page() -> str:
+    """Rule x model x codec x split x backend, from what `benchmarks/matrix.py` found."""
+    rows = _rows(RESULTS / "matrix.json")
     reasons: dict[str, int] = {}
-    parts = [
-        "# Rules and models",
-        NOTE,
-        "",
-        ABOUT_MODELS,
-        "",
-        "| rule | " + " | ".join(models) + " |",
-        "|---|" + "---|" * len(models),
-    ]
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "not tried"
+        if row["outcome"] == "trains":
+            return "yes"
+        word = "no" if row["outcome"] == "refuses" else "**fails**"
+        return f"{word} ({reasons.setdefault(row['why'], len(reasons) + 1)})"
+
+    def table(of: str, lines: list[str], across: str, heads: list[str], **fixed: Any) -> list[str]:
+        held = {(row[of], row[across]): row for row in rows if all(row[key] == want for key, want in fixed.items())}
+        out = [f"| {of} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+        for line in lines:
+            cells = [cell(held.get((line, head))) for head in heads]
+            if any(one != "not tried" for one in cells):
+                out.append(f"| {_linked(of, line)} | {' | '.join(cells)} |")
+        return out
+
+    def found(key: str, **fixed: Any) -> list[str]:
+        return list(dict.fromkeys(row[key] for row in rows if all(row[k] == want for k, want in fixed.items())))
+
+    plain = {"codec": "none", "split": False, "backend": "eager"}
+    rules = [name for name, origin in registry.known("rule").items() if origin == "built in"]
+    models = found("model", **plain)
+    codecs = [name for name, origin in registry.known("codec").items() if origin == "built in"]
+    outcomes = [row["outcome"] for row in rows]
+    counts = [f"{outcomes.count(one)} {one}" for one in ("trains", "refuses", "fails") if one in outcomes]
+    parts = ["# The matrix", NOTE, "", ABOUT_MATRIX, "", f"{len(rows)} cells: {', '.join(counts)}.", ""]
+    parts += ["## Rules and models", "", *table("rule", rules, "model", models, **plain), ""]
+    coded = found("model", rule="bp", split=False, backend="eager", codec="int4")
+    parts += ["## Codecs and models, under backpropagation", ""]
+    parts += [*table("codec", codecs, "model", coded, rule="bp", split=False, backend="eager"), ""]
+    parts += ["## Every rule on the MLP: codec, split, backend", ""]
+    ways = {
+        "`int4`": {**plain, "codec": "int4"},
+        "in two stages": {**plain, "split": True},
+        "`inductor`": {**plain, "backend": "inductor"},
+        "`triton`": {**plain, "backend": "triton"},
+    }
+    parts += [f"| rule | {' | '.join(ways)} |", "|---|" + "---|" * len(ways)]
+    on_mlp = [row for row in rows if row["model"] == "mlp"]
+    for rule in rules:
+        own = [row for row in on_mlp if row["rule"] == rule]
+        cells = [cell(next((r for r in own if all(r[k] == v for k, v in way.items())), None)) for way in ways.values()]
+        parts.append(f"| {_linked('rule', rule)} | {' | '.join(cells)} |")
+    parts += ["", "## Backpropagation in two stages, and compiled by Inductor", ""]
+    ways = {"in two stages": ways["in two stages"], "`inductor`": ways["`inductor`"]}
+    parts += [f"| model | {' | '.join(ways)} |", "|---|" + "---|" * len(ways)]
+    for model in list(dict.fromkeys([*models, *found("model", backend="inductor")])):
+        own = [row for row in rows if row["rule"] == "bp" and row["model"] == model]
+        cells = [cell(next((r for r in own if all(r[k] == v for k, v in way.items())), None)) for way in ways.values()]
+        parts.append(f"| `{model}` | {' | '.join(cells)} |")
+    parts += ["", "## Several at once", "", "| rule | model | codec | split | backend | |", "|---|---|---|---|---|---|"]
     for row in rows:
-        cells = []
-        for found in (row["models"].get(model, "") for model in models):
-            tried = {"trains": "yes", "": "not tried"}
-            cells.append(tried.get(found) or f"no ({reasons.setdefault(found, len(reasons) + 1)})")
-        parts.append(f"| [`{row['rule']}`](rules.md#{row['rule']}) | {' | '.join(cells)} |")
-    parts += ["", "Why not:", ""] if reasons else []
+        if sum((row["codec"] != "none", row["split"], row["backend"] != "eager")) > 1:
+            split = "two stages" if row["split"] else ""
+            names = f"`{row['rule']}` | `{row['model']}` | `{row['codec']}` | {split} | `{row['backend']}`"
+            parts.append(f"| {names} | {cell(row)} |")
+    parts += ["", "## Why not", ""] if reasons else []
     parts += [f"{number}. {_cell(reason)}" for reason, number in reasons.items()]
     described = [(name, inspect.getdoc(zoo.factory(name)) or "") for name in models]
-    parts += ["", "The models:", "", *(f"- `{name}`: {_cell(text)}" for name, text in described)]
+    parts += ["", "## The models", "", *(f"- `{name}`: {_cell(text)}" for name, text in described)]
     return "\n".join(parts) + "\n"
+
+
+def _linked(kind: str, name: str) -> str:
+    page = {"rule": "rules.md", "codec": "passes.md"}[kind]
+    return f"[`{name}`]({page}#{name})"
+
+
+ABOUT_RESULTS = (
+    "Published figures beside ours, and beside backpropagation in the same run: test error in percent, after the last "
+    "epoch. Ours come from the files in `benchmarks/results`, each written by the command named; most runs are smaller "
+    "than the published ones, and the last column says in what. What to compare is the distance to backpropagation in "
+    "the same column. Every figure that the benchmarks hold of a rule is in [the rules' catalogue](rules.md)."
+)
+
+
+def results_page() -> str:
+    """Ours, published and backpropagation, from the list in `benchmarks/reproduce/anchors.py`."""
+    anchors = _anchors()
+
+    def percent(held: float | None) -> str:
+        return "" if held is None else f"{held:.2f}"
+
+    head = ["rule", "ours", "bp, same run", "published", "bp, same publication", "publication", "why they differ"]
+    parts = ["# Published figures and ours", NOTE, "", ABOUT_RESULTS, ""]
+    parts += [f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
+    commands: dict[str, str] = {}
+    waiting = []
+    for one in anchors.ANCHORS:
+        ours, beside = one.ours()
+        if ours is None:
+            waiting.append(one)
+            continue
+        commands.setdefault(one.file, one.command)
+        cells = [f"`{one.rule}`", percent(ours), percent(beside), percent(one.published), percent(one.published_bp)]
+        parts.append(f"| {' | '.join([*cells, _cell(one.source), _cell(one.gap)])} |")
+    rest = list(anchors.others())
+    if rest:
+        parts += ["", "| | ours | published |", "|---|---|---|"]
+        parts += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rest]
+    parts += ["", "How to make them again:", ""]
+    parts += [f"- `benchmarks/results/{file}.json`: `{command}`" for file, command in commands.items()]
+    if waiting:
+        parts += ["", "Not run yet, for want of time or of a GPU:", ""]
+        parts += [f"- `{a.rule}`, {_cell(a.source)}: {a.published:.2f} %; `{a.command}`" for a in waiting]
+    return "\n".join(parts) + "\n"
+
+
+def _anchors() -> Any:
+    spec = importlib.util.spec_from_file_location("anchors", RESULTS.parent / "reproduce" / "anchors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["anchors"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def passes_page() -> str:
@@ -140,7 +238,8 @@ def cli_page() -> str:
 
 PAGES = {
     "rules.md": rules_page,
-    "rule_models.md": rule_models_page,
+    "matrix.md": matrix_page,
+    "results.md": results_page,
     "passes.md": passes_page,
     "cli_reference.md": cli_page,
 }
@@ -177,9 +276,9 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def _trained(name: str) -> str:
     """The models that the rule was tried on and trains."""
-    models = next((row["models"] for row in _rows(RESULTS / "rule_models.json") if row["rule"] == name), {})
-    trains = [model for model, outcome in models.items() if outcome == "trains"]
-    return f"{', '.join(trains)} ([what was tried](rule_models.md))" if trains else ""
+    rows = [row for row in _rows(RESULTS / "matrix.json") if row["rule"] == name and row["outcome"] == "trains"]
+    models = dict.fromkeys(row["model"] for row in rows if (row["codec"], row["backend"]) == ("none", "eager"))
+    return f"{', '.join(models)} ([what was tried](matrix.md))" if models else ""
 
 
 def _measured(name: str) -> str:

@@ -1,7 +1,6 @@
 """The only file that imports private torch modules.
 
-Everything here exists with the same meaning in torch 2.11 to 2.13. `tests/test_compat.py` exercises each name, so
-that a new torch release says which one it broke.
+Everything here exists with the same meaning in torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import keyword
 import logging
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +25,7 @@ from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import function as autograd_function
+from torch.export import exported_program
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     SYMPY_INTERP,
@@ -45,6 +46,7 @@ __all__ = [
     "below_autograd",
     "boxed",
     "compile_guards",
+    "composites_of",
     "cpp_compiler",
     "custom_schedule",
     "eager_branches",
@@ -69,8 +71,8 @@ __all__ = [
     "rerun",
     "set_grad_wrapper",
     "statically_known_true",
+    "symbolic_forms",
     "traced_graph",
-    "unreduced_losses",
     "will_execute",
 ]
 
@@ -85,6 +87,29 @@ def set_grad_wrapper() -> Any:
 def recurrent_decompositions() -> dict[Any, Any]:
     """Decompositions of LSTM and GRU; the fused CPU operators have no derivative that can be traced."""
     return dict(get_decompositions([torch.ops.aten.lstm.input, torch.ops.aten.gru.input]))
+
+
+@contextlib.contextmanager
+def composites_of(program: torch.export.ExportedProgram) -> Iterator[None]:
+    """Let `run_decompositions` keep the composite operators whole that a program has.
+
+    It replaces the kernels of all 500 that torch knows, which for a small model is a third of the time of a capture.
+    Decompositions of recurrent operators bring in others: they get all.
+    """
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    present = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    recurrent = recurrent_decompositions().keys()
+    every = exported_program._collect_all_valid_cia_ops
+    if present & recurrent:
+        yield
+        return
+    # what autocast brings in
+    present |= {torch.ops.aten.to.dtype, *recurrent}
+    exported_program._collect_all_valid_cia_ops = lambda: every() & present
+    try:
+        yield
+    finally:
+        exported_program._collect_all_valid_cia_ops = every
 
 
 def traced_graph() -> torch.fx.Graph | None:
@@ -188,15 +213,17 @@ def patched_custom_functions(apply: Callable[..., Any]) -> Iterator[CustomApply]
     """Route every `torch.autograd.Function.apply` to `apply(cls, original, args)`.
 
     `Function.apply` ends in `super().apply`, looked up at call time: patching that base also reaches an `apply`
-    that the user bound to a name before capture (`ste = STE.apply`).
+    that the user bound to a name before capture (`ste = STE.apply`). Other threads, which may be training, get
+    theirs.
     """
     base: Any = autograd_function._SingleLevelFunction
+    thread = threading.get_ident()
 
     def original(cls: type, *args: Any) -> Any:
         return super(base, cls).apply(*args)
 
     def routed(cls: type, *args: Any) -> Any:
-        return apply(cls, original, args)
+        return apply(cls, original, args) if threading.get_ident() == thread else original(cls, *args)
 
     base.apply = classmethod(routed)
     try:
@@ -207,19 +234,26 @@ def patched_custom_functions(apply: Callable[..., Any]) -> Iterator[CustomApply]
 
 @contextlib.contextmanager
 def patched_checkpoint(region: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
-    """Run `torch.utils.checkpoint` regions plainly, inside the context that `region()` gives."""
+    """Run this thread's `torch.utils.checkpoint` regions plainly, inside the context that `region()` gives."""
+    thread = threading.get_ident()
+    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+    function: Any = torch_checkpoint.CheckpointFunction
+    apply = function.apply
 
-    def plain_generator(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    def plain_generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if threading.get_ident() != thread:
+            yield from generator(*args, **kwargs)
+            return
         with region():
             yield
 
-    def plain_apply(run_function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+    def plain_apply(run_function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        if threading.get_ident() != thread:
+            return apply(run_function, preserve, *args)
         with region():
             return run_function(*args)
 
-    generator = torch_checkpoint._checkpoint_without_reentrant_generator
     torch_checkpoint._checkpoint_without_reentrant_generator = plain_generator
-    function: Any = torch_checkpoint.CheckpointFunction
     function.apply = plain_apply
     try:
         yield
@@ -245,19 +279,29 @@ def _python_decompositions() -> list[tuple[Any, dict[Any, Any]]]:
 
 
 @contextlib.contextmanager
-def unreduced_losses() -> Iterator[None]:
-    """Let `cross_entropy(reduction="none")` have its shape while it is traced.
+def symbolic_forms() -> Iterator[None]:
+    """What operators give at sizes that are symbols, where torch has it wrong or not at all.
 
-    For sizes that are symbols torch takes the shape of `nll_loss` from a Python form of it that has other arguments in
-    the operator's places, and finds a scalar.
+    `cross_entropy(reduction="none")`: torch takes the shape of `nll_loss` from a Python form of it that has other
+    arguments in the operator's places, and finds a scalar. The backward of `softshrink` and `multi_margin_loss` has no
+    Python form; only shape and dtype are read of the ones here.
     """
-    table, op = torch._decomp.decomposition_table, torch.ops.aten.nll_loss.default
-    misread = table.pop(op, None)
+    aten = torch.ops.aten
+    ours: dict[Any, Any] = {
+        aten.nll_loss.default: None,
+        aten.softshrink_backward.default: lambda grad, x, lambd: torch.empty_like(grad),
+        aten.multi_margin_loss_backward.default: lambda grad, x, *rest: torch.empty_like(x),
+    }
+    table: dict[Any, Any] = torch._decomp.decomposition_table
+    theirs = {op: table.pop(op, None) for op in ours}
+    table.update({op: form for op, form in ours.items() if form is not None})
     try:
         yield
     finally:
-        if misread is not None:
-            table[op] = misread
+        for op, form in theirs.items():
+            table.pop(op, None)
+            if form is not None:
+                table[op] = form
 
 
 class native_kernels(contextlib.ContextDecorator):  # noqa: N801 - used as a function
@@ -416,12 +460,24 @@ def quiet_export() -> Iterator[None]:
 
 
 def compile_guards(
-    shape_env: ShapeEnv, placeholders: Sequence[FakeTensor], names: Sequence[str]
+    shape_env: ShapeEnv, placeholders: Sequence[FakeTensor], names: Sequence[str], *, strides: bool
 ) -> tuple[str, Callable[[Sequence[torch.Tensor]], bool]]:
-    """The shape guards of a traced graph as readable text and as a fast predicate over its tensor inputs."""
-    code = shape_env.produce_guards_expression(list(placeholders))
-    if not code:
+    """The shape guards of a traced graph as readable text and as a fast predicate over its tensor inputs.
+
+    Args:
+        shape_env: What the sizes of the graph are symbols of.
+        placeholders: Fake values of the inputs.
+        names: What the text calls them.
+        strides: Whether the inputs must lie in memory as those did that the graph was traced with.
+    """
+    from torch._dynamo.source import LocalSource
+
+    sources = [LocalSource(f"t{i}") for i in range(len(placeholders))]
+    found = shape_env.produce_guards(list(placeholders), sources, ignore_static=True)
+    kept = [text for text in found if strides or not re.search(r"\.(stride|storage_offset)\(\)", text)]
+    if not kept:
         return "", lambda _tensors: True
+    code = " and ".join(kept)
     # the text is written by torch from symbolic shapes, never by a user or a file
     predicate = eval(f"lambda L: {code}", dict(SYMPY_INTERP))
     used = sorted({int(index) for index in re.findall(r"L\['t(\d+)'\]", code)})

@@ -17,6 +17,7 @@ from graphrewrite.passes.schedule.split_backward import SplitBackward
 from graphrewrite.pipeline import Pass, build_pass
 from graphrewrite.registry import find
 from graphrewrite.rule import RuleMap, RuleSpec
+from graphrewrite.runtime.chunked import check_options
 from graphrewrite.runtime.module import CompiledModule
 
 
@@ -34,6 +35,8 @@ def compile(
     fallback: Literal["eager"] | None = None,
     passes: Sequence[Pass | str] = (),
     split_backward: bool | str | SplitBackward = False,
+    chunk: int | None = None,
+    chunk_loss: Literal["joint", "mean"] = "joint",
     dynamic: Any = "auto",
     verify: Verification = "structure",
     seed: int = 0,
@@ -58,6 +61,10 @@ def compile(
         split_backward: Two-stage backward: `.backward()` computes the inputs' gradients and what cannot wait,
             `backward_weight()` the weight gradients. With options: a text form
             (`"split_backward{budget=0.6,codec=int8}"`) or a `SplitBackward` object.
+        chunk: Run every training step in this many parts of the batch, with the memory of one part and the gradient of
+            the whole. Samples must not see each other in the model.
+        chunk_loss: `"joint"`: any loss of all outputs; each part's forward runs twice. `"mean"`: the loss is a mean
+            over samples; once.
         dynamic: `"auto"`: every dimension may change; None: static; or the `dynamic_shapes` of `torch.export`.
         verify: `"off"`, `"structure"`, or `"numeric"` (passes that promise it are held to bitwise equality).
         seed: Seed of rule state and of the rules' random operators.
@@ -87,7 +94,10 @@ def compile(
         verify=verify,
         seed=seed,
         split_backward=_split(split_backward),
+        chunk=chunk,
+        chunk_loss=chunk_loss,
     )
+    check_options(options)
     compiled = CompiledModule(model, options)
     if example_inputs is not None:
         compiled.materialize(example_inputs, example_targets)

@@ -14,7 +14,7 @@ from torch import nn
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.analysis.sparsity import tap_zeros
-from graphrewrite.backends import CODERS, Run, Taken
+from graphrewrite.backends import CODERS, STAND_INS, Run, Taken
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
@@ -63,6 +63,8 @@ class Options:
     verify: Verification = "structure"
     seed: int = 0
     split_backward: SplitBackward | None = None
+    chunk: int | None = None
+    chunk_loss: Literal["joint", "mean"] = "joint"
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
 
 
@@ -178,6 +180,8 @@ def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, tar
     captured.graph.context.seed = options.seed
     if options.backend in CODERS:
         captured.graph.context.coder = registry.load(CODERS[options.backend])
+    if options.backend in STAND_INS:
+        captured.graph.context.stand_ins = registry.load(STAND_INS[options.backend])()
     assign_blocks(captured.graph, model, options.blocks)
     options.rules.assign(captured.graph)
     return captured

@@ -21,11 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 HEAVY = {
-    *("gpt2", "llama", "bert", "vit", "mamba", "t5", "hf_resnet"),
+    *("gpt2", "llama", "bert", "vit", "mamba", "t5", "hf_resnet", "convnext", "lenet"),
     *("resnet", "unet", "lstm", "gru", "moe", "gat", "sage"),
 }
 """Models of the zoo whose capture takes seconds."""
-HEAVIEST = {"llama", "bert", "mamba", "t5", "hf_resnet", "unet", "gru", "gat"}
+HEAVIEST = {"llama", "bert", "mamba", "t5", "hf_resnet", "unet", "gru", "gat", "convnext", "lenet"}
 """Those that even backpropagation is not held to by default."""
 
 

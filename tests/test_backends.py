@@ -7,11 +7,11 @@ import importlib.util
 
 import pytest
 import torch
-from graphrewrite.backends import inductor
+from graphrewrite.backends import inductor, triton
 from torch import nn
 
 import graphrewrite as gr
-from graphrewrite import _compat
+from graphrewrite import _compat, random
 from graphrewrite.errors import BackendError
 from graphrewrite.testing import gradients, zoo
 from helpers import train_step
@@ -79,6 +79,36 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return _compat.boxed(module)
 
     monkeypatch.setattr(inductor, "inductor_code", as_it_is)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "stages"),
+    [
+        ("dfa", {}, 2),
+        pytest.param("mono_forward", {}, 2, marks=pytest.mark.slow),
+        pytest.param("ff", {}, 2, marks=pytest.mark.slow),
+        # two samples are a single group of the narrowest tensor: one graph for them, one for all others
+        ("bp", {"compress": "int8{group=16}"}, 4),
+        pytest.param("bp", {"compress": "fewbit"}, 2, marks=pytest.mark.slow),
+        pytest.param("bp", {"split_backward": True}, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_ten_batch_sizes_compile_every_stage_at_most_twice(rule, options, stages, uncompiled):
+    model = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 9), nn.GELU(), nn.Linear(9, 3))
+    before = inductor.compiled_stages
+    ours = gr.compile(model, rule, backend="inductor", blocks="layers", **options)
+    theirs = gr.compile(copy.deepcopy(model), rule, blocks="layers", **options)
+    for size in (4, 7, 2, 3, 5, 6, 8, 9, 16, 33):
+        x, y = torch.randn(size, 12), torch.randint(0, 3, (size,))
+        found = []
+        for compiled in (ours, theirs):
+            compiled.module.zero_grad()
+            compiled.loss(x, y).backward()
+            if options.get("split_backward"):
+                compiled.backward_weight()
+            found.append(gradients(compiled.module))
+        assert_near(*found)
+    assert inductor.compiled_stages - before == stages
 
 
 @pytest.mark.parametrize("name", ["cnn", pytest.param("gcn", marks=pytest.mark.slow)])
@@ -184,7 +214,7 @@ def test_triton_takes_what_its_checkers_accept():
 
 
 @WITH_TRITON
-@pytest.mark.parametrize("codec", ["int4{group=16}", 'int8{group=16,rounding="stochastic"}'])
+@pytest.mark.parametrize("codec", ["hadamard{group=16}", "int4{group=16}", 'int8{group=16,rounding="stochastic"}'])
 def test_codecs_are_kernels_and_the_same_bits(codec):
     """Gradients from saved tensors that a kernel encoded are those of the codec, bit by bit."""
     model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3))
@@ -200,6 +230,147 @@ def test_codecs_are_kernels_and_the_same_bits(codec):
     taken = [row for row in ours.report().coverage if row.backend == "triton"]
     assert {row.kernel for row in taken} == {"quantize_pack", "unpack_dequantize"}
     assert ours.report().saved_bytes == theirs.report().saved_bytes
+
+
+def taken_by(compiled: gr.CompiledModule) -> set[tuple[str, str]]:
+    """The kernels that took nodes, with the stages."""
+    return {(row.kernel, row.stage) for row in compiled.report().coverage if row.backend == "triton"}
+
+
+def pair_of(model: nn.Module, rule: str = "bp", **options) -> tuple[gr.CompiledModule, gr.CompiledModule]:
+    """A model compiled with our kernels, and a copy of it compiled eagerly."""
+    return (
+        gr.compile(model, rule, backend="triton", **options),
+        gr.compile(copy.deepcopy(model), rule, **options),
+    )
+
+
+@WITH_TRITON
+@pytest.mark.parametrize(
+    ("activation", "compress", "fused"),
+    [
+        (nn.GELU(), "fewbit", True),
+        (nn.GELU("tanh"), "fewbit{bits=4}", True),
+        (nn.SiLU(), "approx_bp", True),
+        (nn.Softplus(), "fewbit{bits=2}", False),
+    ],
+)
+def test_few_bit_derivatives_are_kernels(activation, compress, fused):
+    """The activation and the code of its derivative are one kernel; without one for the activation, the code is."""
+    ours, theirs = pair_of(nn.Sequential(nn.Linear(6, 9), activation, nn.Linear(9, 3)), compress=compress)
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    assert_near(train_step(ours, x, y), train_step(theirs, x, y))
+    first = "few_bit_activation" if fused else "few_bit_codes"
+    assert taken_by(ours) == {(first, "forward"), ("few_bit_backward", "backward")}
+    assert ours.report().saved_bytes == theirs.report().saved_bytes
+    counts = [row.kernel for row in ours.report().coverage].count(first)
+    assert counts == (2 if fused else 1)
+
+
+class RootMeanSquare(nn.Module):
+    """RMS norm as Llama writes it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@WITH_TRITON
+@pytest.mark.parametrize(
+    ("norm", "kernels"),
+    [
+        (nn.LayerNorm(8), {("ms_norm_affine", "forward"), ("ms_norm_backward", "backward")}),
+        (nn.RMSNorm(8), {("ms_norm", "forward"), ("ms_norm_backward", "backward")}),
+        (RootMeanSquare(8), {("ms_norm_backward", "backward")}),
+    ],
+    ids=["layer_norm", "rms_norm", "written_out"],
+)
+def test_memory_sharing_norms_are_kernels(norm, kernels):
+    """A layer norm and what is kept of it are one kernel."""
+    model = nn.Sequential(nn.Linear(6, 8), norm, nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+    ours, theirs = pair_of(model, compress="ms_norm")
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    assert_near(train_step(ours, x, y), train_step(theirs, x, y))
+    assert taken_by(ours) == kernels
+    assert ours.report().saved_bytes == theirs.report().saved_bytes
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("sketch", ["rademacher", "gaussian"])
+def test_sketches_of_linear_layers_are_kernels(sketch):
+    """The same random numbers, and no random matrix in the graph."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5), nn.GELU(), nn.Linear(5, 3))
+    ours, theirs = pair_of(model, compress=f"randomized_linear{{rate=0.5,sketch={sketch}}}")
+    for size in (6, 9):
+        x, y = torch.randn(size, 6), torch.randint(0, 3, (size,))
+        assert_near(train_step(ours, x, y), train_step(theirs, x, y))
+    assert taken_by(ours) == {("random_projection", "forward"), ("random_projection", "backward")}
+    operators = [row.operator for row in ours.report().coverage]
+    assert "philox" not in operators
+    assert "philox" in [row.operator for row in theirs.report().coverage]
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("goodness", ["sum", pytest.param("mean", marks=pytest.mark.slow)])
+def test_forward_forward_is_on_kernels(goodness):
+    """Goodness and length normalisation of a block's output are one kernel, and so is their gradient."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 3))
+    ours, theirs = pair_of(model, f"ff{{goodness={goodness}}}", blocks="layers")
+    for _ in range(2):
+        x, y = torch.randn(5, 12), torch.tensor([0, 1, 2, 0, 1])
+        assert_near(train_step(ours, x, y), train_step(theirs, x, y))
+        torch.testing.assert_close(ours.losses, theirs.losses)
+    assert taken_by(ours) == {("ff_goodness", "forward"), ("ff_goodness_backward", "forward")}
+    part = ours.program().partition
+    launched = [node.target for node in triton.with_kernels(part.forward, part).graph.nodes]
+    # two hidden blocks: in the positive, the negative and the neutral pass; taught in two of them
+    assert launched.count(triton.goodness.ff_goodness.launch) == 6
+    assert launched.count(triton.goodness.ff_goodness_backward.launch) == 4
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_generated_feedback_is_drawn_in_the_product(distribution):
+    """No feedback weights are stored, and with our kernels they are not in the graph either."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
+    ours, theirs = pair_of(model, f"dfa{{generated=true,distribution={distribution}}}", blocks="layers")
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    first = train_step(theirs, x, y)
+    assert_near(train_step(ours, x, y), first)
+    # the same weights at every step
+    assert_near(train_step(theirs, x, y), first)
+    assert not dict(theirs.rule_state)
+    assert taken_by(ours) == {("random_projection", "backward")}
+    assert "philox" not in [row.operator for row in ours.report().coverage]
+    h = torch.tanh(model[2](torch.tanh(model[0](x))))
+    error = (torch.softmax(model[4](h), 1) - nn.functional.one_hot(y, 3)) / 5
+    delta = first["2.bias"]
+    matrices = [(2 * random.uniform(torch.tensor([0, 0, 0]), s, [3, 9]) - 1) / 3 for s in range(1, 5)]
+    if distribution == "uniform":
+        found = [((error @ matrix) * (1 - h * h)).sum(0) for matrix in matrices]
+        assert any(torch.allclose(one, delta, atol=1e-6) for one in found)
+
+
+@WITH_TRITON
+def test_triton_on_batches_that_are_empty_or_strided():
+    """No kernel runs on an empty batch, and the report says why; strided inputs and cotangents are read as they are."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4))
+    ours, theirs = pair_of(model, compress="fewbit{bits=2}")
+    strided = torch.randn(6, 10).t()[::2]
+    for x, cotangent in ((strided, torch.randn(4, 5).t()), (torch.randn(0, 6), torch.randn(0, 4))):
+        found = []
+        for compiled in (ours, theirs):
+            compiled.module.zero_grad()
+            compiled(x).backward(cotangent)
+            found.append(gradients(compiled.module))
+        assert_near(*found)
+        if len(x):
+            assert taken_by(ours)
+    assert not taken_by(ours)
+    assert any(row.reason == "the tensor is empty" for row in ours.report().coverage)
 
 
 @WITH_TRITON

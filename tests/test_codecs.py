@@ -13,6 +13,7 @@ from graphrewrite.passes.compression.int8 import Int8
 from graphrewrite.passes.compression.mask import WindowIndex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 import graphrewrite as gr
 from graphrewrite import random, registry, textform
@@ -22,6 +23,7 @@ LOSSY = (
     *("int8{rounding=stochastic}", "int4{rounding=stochastic,symmetric=true}", "int2{rounding=stochastic}"),
     *("fp8", "fp8{format=e5m2,group=5}", "fp16", "bf16", "topk", "topk{fraction=0.5,group=8}"),
     *("hadamard", "hadamard{bits=8,group=16}", "hadamard{bits=2,rounding=stochastic}"),
+    *("lloyd", "lloyd{bits=3,group=16}", "lloyd{bits=2,group=7}"),
     *("lowrank{rank=2}", "velora{groups=2}", "velora{groups=1,rank=2}"),
 )
 BY_ROWS = ("lowrank", "velora")
@@ -130,7 +132,7 @@ def test_other_groups_are_not_spoilt(name):
 def test_zeros_stay_zero():
     """The zeros behind a ReLU are exact: the minimum of a group is stored exactly where bfloat16 can."""
     x = torch.randn(64, 16).relu()
-    for name in ("int8", "int4", "int2", "int4{symmetric=true}", "fp8", "fp16", "topk"):
+    for name in ("int8", "int4", "int2", "int4{symmetric=true}", "fp8", "fp16", "topk", "lloyd"):
         assert (round_trip(textform.build("codec", name), x)[x == 0] == 0).all(), name
 
 
@@ -274,6 +276,8 @@ def test_every_codec_declares_itself():
         ("int3", "no codec is named 'int3'"),
         ("int4{bits=4}", "no option 'bits'"),
         ("hadamard{bits=3}", "bits=3"),
+        ("lloyd{bits=8}", "bits=8"),
+        ("lloyd{group=0}", "group=0"),
         ("hadamard{group=48}", "no power of two"),
         ("fp8{format=e3m4}", "format='e3m4'"),
         ("topk{fraction=0}", "fraction=0"),
@@ -291,3 +295,13 @@ def test_bad_options_are_refused(text, message):
 def test_stochastic_rounding_without_draws_is_refused():
     with pytest.raises(gr.RuleError, match="numbers to draw"):
         Int8(rounding="stochastic").encode(torch.randn(4))
+
+
+def test_lloyd_errs_less_than_integers_at_equal_bits():
+    """On what activations look like: normal, behind GELU, and gated by SiLU, where integers lose most."""
+    a, b = torch.randn(2, 2**15, generator=torch.Generator().manual_seed(0))
+    fitted, integers = textform.build("codec", "lloyd"), textform.build("codec", "int4")
+    assert fitted.bits_per_element(torch.float32) == integers.bits_per_element(torch.float32) == 4.25
+    for x, gain in ((a, 0.85), (functional.gelu(0.6 * a), 0.9), (functional.silu(0.6 * a) * b, 0.65)):
+        apart = [float((round_trip(codec, x) - x).norm() / x.norm()) for codec in (fitted, integers)]
+        assert apart[0] < gain * apart[1], apart

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -26,6 +28,13 @@ def conv() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(8, 3)).double()
 
 
+def pooled() -> nn.Sequential:
+    """Pooling and a normalisation behind the activation: they belong to what drives the next state."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.GroupNorm(1, 3), nn.Conv2d(3, 2, 2), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3)).double()
+
+
 def batch(model: nn.Sequential, n: int = 7):
     torch.manual_seed(1)
     shape = (n, 4) if isinstance(model[0], nn.Linear) else (n, 1, 8, 8)
@@ -39,6 +48,8 @@ class ByHand:
         self.model, self.x, self.y = model, x, y
         if isinstance(model[0], nn.Linear):
             self.drive, self.act, self.top = [model[:1], model[2:3]], [model[1], model[3]], model[4:]
+        elif isinstance(model[1], nn.Tanh):
+            self.drive, self.act, self.top = [model[:1], model[2:5]], [model[1], model[5]], model[6:]
         else:
             self.drive, self.act, self.top = [model[:2], model[3:4]], [model[2], model[4]], model[5:]
 
@@ -81,7 +92,7 @@ class ByHand:
         return dict(zip(named, torch.autograd.grad(self.loss(states), list(named.values())), strict=True))
 
 
-@pytest.mark.parametrize("make", [mlp, pytest.param(conv, marks=SLOW)])
+@pytest.mark.parametrize("make", [mlp, *[pytest.param(make, marks=SLOW) for make in (conv, pooled)]])
 @pytest.mark.parametrize("symmetric", [True, pytest.param(False, marks=SLOW)])
 def test_the_phases_by_hand(make, symmetric):
     model = make()
@@ -103,22 +114,32 @@ def test_the_phases_by_hand(make, symmetric):
     assert compiled.loss(x, y) == pytest.approx(oracle.loss(states).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize(("symmetric", "falls"), [(True, 100), pytest.param(False, 10, marks=SLOW)])
-def test_symmetric_nudging_is_off_by_beta_squared_and_one_sided_by_beta(symmetric, falls):
+@pytest.mark.parametrize(
+    ("symmetric", "falls", "betas"),
+    [
+        (True, 100, (0.1, 0.01)),
+        *[
+            pytest.param(symmetric, falls, (0.1, 0.01, 0.001), marks=SLOW)
+            for symmetric, falls in ((True, 100), (False, 10))
+        ],
+    ],
+)
+def test_symmetric_nudging_is_off_by_beta_squared_and_one_sided_by_beta(symmetric, falls, betas):
     """Identity 10, against the gradient at the free fixed point."""
     model = mlp()
     x, y = batch(model)
     exact = ByHand(model, x, y).exact()
     scale = max(g.abs().max() for g in exact.values())
     errors = []
-    for beta in (0.1, 0.01):
+    for beta in betas:
         options = f"free_steps=60,nudged_steps=60,beta={beta},symmetric={str(symmetric).lower()}"
         rule = f"equilibrium_propagation{{{options}}}"
         found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
         errors.append(max((found[n] - exact[n]).abs().max() for n in exact) / scale)
-    assert errors[0] / errors[1] == pytest.approx(falls, rel=0.2)
+    for larger, smaller in itertools.pairwise(errors):
+        assert larger / smaller == pytest.approx(falls, rel=0.2)
     assert errors[0] < (5e-3 if symmetric else 6e-2)
-    assert symmetric or errors[1] > 1e-3
+    assert symmetric or errors[1] > 1e-4
 
 
 def test_graph_and_certificate():
@@ -154,8 +175,8 @@ def test_locality_is_as_certified():
         ({"0": "equilibrium_propagation"}, mlp, "block 2 cannot learn by bp beside it"),
         (
             "equilibrium_propagation",
-            lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double(),
-            "does not end in an activation",
+            lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double(),
+            "no block ends in an activation",
         ),
         ("equilibrium_propagation", lambda: nn.Sequential(nn.Linear(4, 3)).double(), "before the one that computes"),
     ],

@@ -393,6 +393,19 @@ def test_collaboration_of_all_layers_reads_later_blocks_and_the_certificate_says
     assert not previous.update_locked
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["collaboration=all", "negatives=all"])
+def test_an_empty_batch_teaches_nothing(options):
+    model, (x, y) = mlp(), batch()
+    compiled = gr.compile(model, f"ff{{peer=0,{options}}}", example_inputs=x, example_targets=y)
+    compiled.loss(x[:0], y[:0]).backward()
+    assert all(not p.grad.any() for p in model[:4].parameters())
+    compiled.zero_grad()
+    compiled.loss(x, y).backward()
+    assert all(p.grad.any() for p in model[:4].parameters())
+    assert compiled.predict(x[:0]).shape == (0, CLASSES)
+
+
 # --- read-outs -------------------------------------------------------------------------------------------------
 
 
@@ -404,15 +417,47 @@ def test_neutral_readout():
     torch.testing.assert_close(compiled.predict(x), expected.detach())
 
 
-def test_goodness_readout():
+@pytest.mark.parametrize(
+    "options",
+    ["", pytest.param("collaboration=all", marks=pytest.mark.slow), "collaboration=previous,goodness=mean"],
+)
+def test_goodness_readout(options):
+    """Blocks that learn together are read together, by what they learn from; else all but the first, by the mean."""
     model, (x, _) = mlp(), batch()
-    compiled = gr.compile(model, "ff{readout=goodness}")
+    compiled = gr.compile(model, f"ff{{readout=goodness,{options}}}")
     scores = []
     for c in range(CLASSES):
         h = rms(put(x, torch.full((BATCH,), c)))
-        h = torch.relu(model[2](rms(torch.relu(model[0](h)))))
-        scores.append(h.pow(2).mean(1))
+        first = torch.relu(model[0](h))
+        second = torch.relu(model[2](rms(first)))
+        if options == "collaboration=all":
+            scores.append(first.pow(2).sum(1) + second.pow(2).sum(1))
+        elif options:
+            scores.append(first.pow(2).mean(1) + second.pow(2).mean(1))
+        else:
+            scores.append(second.pow(2).mean(1))
     torch.testing.assert_close(compiled.predict(x), torch.stack(scores, 1).detach())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["ff", "ff{readout=all,goodness=mean,loss=symba}", "counter_current"])
+def test_autocast_after_a_compile_without_it(rule):
+    """State stays in the parameters' type; goodness is summed in single precision, gradients are near the exact."""
+    model = mlp().float()
+    x, y = batch()
+    compiled = gr.compile(model, rule, example_inputs=x.float(), example_targets=y)
+    compiled.loss(x.float(), y).backward()
+    exact = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
+    again = gr.compile(mlp().float(), rule, example_inputs=x.float(), example_targets=y)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = again.loss(x.float(), y)
+    loss.backward()
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    assert all(b.dtype == torch.float32 for b in again.buffers() if b.is_floating_point())
+    found = {n: p.grad for n, p in again.named_parameters() if p.grad is not None}
+    assert found.keys() == exact.keys()
+    for name, grad in found.items():
+        assert (grad - exact[name]).norm() <= 0.05 * exact[name].norm() + 1e-6, name
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 from graphrewrite.backends.triton import KERNELS, activation, goodness, hadamard, norms, projection, quantise, support
+from graphrewrite.passes.compression._packing import unpack
 from torch.nn import functional as F
 
 from graphrewrite import random
@@ -91,6 +92,21 @@ def test_memory_sharing_norm(dtype, rms):
     close(norms.ms_norm_backward.launch(g, z, rstd, 1, rms), wanted, dtype, slack=8.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_its_normalised_form_at_once(dtype):
+    x, weight, bias = draw(5, 23, dtype=dtype) + 0.5, draw(23, dtype=dtype), draw(23, dtype=dtype)
+    for rms, shift in ((False, bias), (True, None)):
+        y, z, rstd = norms.ms_norm_affine.launch(x, weight, shift, 1, 1e-5, rms)
+        alone, scale = norms.ms_norm.launch(x, 1, 1e-5, rms)
+        assert torch.equal(z, alone)
+        assert torch.equal(rstd, scale)
+        h = x.double()
+        exact = F.rms_norm(h, (23,), eps=1e-5) if rms else F.layer_norm(h, (23,), eps=1e-5)
+        exact = exact * weight.double() + (0.0 if shift is None else shift.double())
+        close(y, exact, dtype)
+        close(norms.ms_norm_affine.reference(x, weight, shift, 1, 1e-5, rms)[0], exact, dtype)
+
+
 def test_norm_reads_strided_rows():
     x = draw(6, 40)[::2, :20]
     z, _ = norms.ms_norm.launch(x, 1, 1e-5, False)
@@ -145,51 +161,58 @@ def test_goodness_of_a_dead_row_has_a_finite_gradient():
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("distribution", projection.DISTRIBUTIONS)
-@pytest.mark.parametrize(("inner", "features"), [(10, 36), (7, 13)])
-def test_random_projection(distribution, inner, features):
+@pytest.mark.parametrize(("inner", "features"), [(12, 36), (7, 13)])
+def test_random_projection(distribution, inner, features, transposed):
     """The matrix is that of `graphrewrite.random`, whether its rows are whole groups of four numbers or not."""
-    size = [inner, features]
+    size = [features, inner] if transposed else [inner, features]
     drawn = {
         "uniform": lambda: 2 * random.uniform(counter(), 4, size) - 1,
         "signs": lambda: random.signs(counter(), 4, size),
         "normal": lambda: random.normal(counter(), 4, size),
     }[distribution]()
+    drawn = drawn.t() if transposed else drawn
     for dtype in DTYPES:
         x = draw(5, inner, dtype=dtype)
-        out = projection.random_projection.launch(x, counter(), 4, features, distribution, 0.5)
+        out = projection.random_projection.launch(x, counter(), 4, features, distribution, 0.5, transposed)
         close(out, x.double() @ (drawn * 0.5).to(dtype).double(), dtype)
 
 
 def test_random_projection_of_a_transposed_operand_is_a_sketch():
     x = draw(9, 5)
-    sketch = projection.random_projection.launch(x.t(), counter(), 2, 4, "signs", 1.0).t()
+    sketch = projection.random_projection.launch(x.t(), counter(), 2, 4, "signs", 1.0, False).t()
     s = random.signs(counter(), 2, [9, 4]).t()
     close(sketch, s.double() @ x.double(), torch.float32)
-    assert torch.equal(sketch, projection.random_projection.launch(x.t(), counter(), 2, 4, "signs", 1.0).t())
-    other = projection.random_projection.launch(x.t(), counter(step=4), 2, 4, "signs", 1.0).t()
+    assert torch.equal(sketch, projection.random_projection.launch(x.t(), counter(), 2, 4, "signs", 1.0, False).t())
+    other = projection.random_projection.launch(x.t(), counter(step=4), 2, 4, "signs", 1.0, False).t()
     assert not torch.equal(sketch, other)
 
 
 def test_random_projection_keeps_leading_dimensions():
     x = draw(2, 3, 6)
-    out = projection.random_projection.launch(x, counter(), 1, 8, "uniform", 1.0)
+    out = projection.random_projection.launch(x, counter(), 1, 8, "uniform", 1.0, False)
     close(out, x.double() @ (2 * random.uniform(counter(), 1, [6, 8]) - 1).double(), torch.float32)
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
 
-BORDERS = torch.tensor([-0.4602, 0.0, 0.4602])
+BORDERS = (-0.4602, 0.0, 0.4602)
 LEVELS = torch.tensor([-0.0076, 0.3227, 0.6773, 1.0076])
+
+
+def intervals(x: torch.Tensor, borders: tuple[float, ...]) -> torch.Tensor:
+    edges = torch.tensor(borders, dtype=x.dtype, device=x.device)
+    return (x.flatten()[:, None] >= edges).sum(1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", list(activation.ACTIVATIONS))
 def test_few_bit_activation(kind, dtype):
     x = draw(7, 13, dtype=dtype, scale=2.0)
-    y, codes = activation.few_bit_activation.launch(x, BORDERS.to(DEVICE), kind, 2)
+    y, codes = activation.few_bit_activation.launch(x, BORDERS, (0, 1, 2, 3), kind, 2)
     close(y, activation.ACTIVATIONS[kind](x.double()), dtype)
-    code = (x.float().flatten()[:, None] >= BORDERS.to(DEVICE)).sum(1)
+    code = intervals(x, BORDERS)
     padded = torch.cat([code, torch.zeros_like(code[-1:])])
     planes = padded.view(4, 23)
     expected = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
@@ -199,18 +222,22 @@ def test_few_bit_activation(kind, dtype):
     close(dx, g.double() * LEVELS.to(DEVICE).double()[code].view(7, 13), dtype)
 
 
-@pytest.mark.parametrize(("bits", "borders"), [(1, 1), (4, 15), (8, 3)])
-def test_few_bit_widths(bits, borders):
-    x, edges = draw(101), torch.linspace(-1.5, 1.5, borders, device=DEVICE)
-    y, codes = activation.few_bit_activation.launch(x, edges, "silu", bits)
-    wanted_y, wanted = activation.few_bit_activation.reference(x, edges, "silu", bits)
-    torch.testing.assert_close(y, wanted_y)
-    assert torch.equal(codes, wanted)
-    levels, g = torch.randn(2**bits, device=DEVICE), draw(101)
-    assert torch.equal(
-        activation.few_bit_backward.launch(g, codes, levels, bits),
-        activation.few_bit_backward.reference(g, codes, levels, bits),
-    )
+@pytest.mark.parametrize("count", [101, 96, 9])
+@pytest.mark.parametrize(("bits", "borders"), [(1, 1), (2, 5), (3, 7), (3, 11), (4, 15), (8, 3)])
+def test_few_bit_widths(bits, borders, count):
+    """Codes that serve several intervals each, of every width: in one plane, and in two for three bits."""
+    x, edges = draw(count), tuple(torch.linspace(-1.5, 1.5, borders).tolist())
+    codes = tuple((3 * i) % 2**bits for i in range(borders + 1))
+    y, packed = activation.few_bit_activation.launch(x, edges, codes, "silu", bits)
+    code = torch.tensor(codes, device=DEVICE)[intervals(x, edges)]
+    close(y, F.silu(x.double()), torch.float32)
+    assert torch.equal(unpack(packed, bits, count).to(torch.int64), code)
+    assert torch.equal(activation.few_bit_codes.launch(x, edges, codes, bits), packed)
+    assert torch.equal(activation.few_bit_codes.reference(x, edges, codes, bits), packed)
+    levels, g = torch.randn(2**bits, device=DEVICE), draw(count)
+    dx = activation.few_bit_backward.launch(g, packed, levels, bits)
+    assert torch.equal(dx, g * levels[code])
+    assert torch.equal(dx, activation.few_bit_backward.reference(g, packed, levels, bits))
 
 
 # --- group quantisation ----------------------------------------------------------------------------------------------
@@ -219,18 +246,24 @@ def test_few_bit_widths(bits, borders):
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", quantise.WIDTHS)
-@pytest.mark.parametrize(("count", "group"), [(256, 32), (77, 16), (90, 30)])
-def test_quantisation_is_that_of_the_codec(bits, symmetric, stochastic, count, group):
+@pytest.mark.parametrize(
+    ("count", "group", "rotated"), [(256, 32, False), (77, 16, False), (90, 30, False), (250, 32, True), (77, 16, True)]
+)
+def test_quantisation_is_that_of_the_codec(bits, symmetric, stochastic, count, group, rotated):
     """Bitwise: codes, scales, minima, and what they decode to."""
     for dtype in DTYPES:
         x = draw(count, dtype=dtype) + 0.3
-        args = (x, counter(), 6, bits, group, symmetric, stochastic)
+        args = (x, counter(), 6, bits, group, symmetric, stochastic, rotated)
         stored, wanted = quantise.quantize_pack.launch(*args), quantise.quantize_pack.reference(*args)
         assert [t.dtype for t in stored] == [t.dtype for t in wanted]
         for mine, theirs in zip(stored, wanted, strict=True):
             assert torch.equal(mine, theirs)
-        back = quantise.unpack_dequantize.launch(stored, [count], dtype, bits, group, symmetric)
-        assert torch.equal(back, quantise.unpack_dequantize.reference(wanted, [count], dtype, bits, group, symmetric))
+        back = quantise.unpack_dequantize.launch(stored, [count], dtype, bits, group, symmetric, rotated)
+        assert torch.equal(
+            back, quantise.unpack_dequantize.reference(wanted, [count], dtype, bits, group, symmetric, rotated)
+        )
+        if rotated:
+            continue
         step = stored[1].double().repeat_interleave(group)[:count]
         limit = (1.0 if stochastic else 0.5) * 1.02 * step + ROUNDING[dtype] * x.double().abs()
         assert ((back.double() - x.double()).abs() <= limit).all()
@@ -239,10 +272,10 @@ def test_quantisation_is_that_of_the_codec(bits, symmetric, stochastic, count, g
 @pytest.mark.parametrize("bits", quantise.WIDTHS)
 def test_stochastic_rounding_is_unbiased(bits):
     """The mean over many draws differs from x by no more than chance would have it."""
-    draws = 256
+    draws = 128
     x = draw(32)
-    stored = quantise.quantize_pack.launch(x.repeat(draws), counter(), 6, bits, 32, False, True)
-    back = quantise.unpack_dequantize.launch(stored, [draws, 32], x.dtype, bits, 32, False).double()
+    stored = quantise.quantize_pack.launch(x.repeat(draws), counter(), 6, bits, 32, False, True, False)
+    back = quantise.unpack_dequantize.launch(stored, [draws, 32], x.dtype, bits, 32, False, False).double()
     mean, deviation = back.mean(0), back.std(0) / math.sqrt(draws)
     inner = deviation > 1e-7
     z = (mean - x.double())[inner] / deviation[inner]
@@ -255,17 +288,17 @@ def test_a_group_that_is_not_finite_decodes_to_nan():
     x = draw(64)
     x[3], x[40] = float("inf"), float("nan")
     for symmetric in (False, True):
-        stored = quantise.quantize_pack.launch(x, counter(), 1, 4, 16, symmetric, False)
-        back = quantise.unpack_dequantize.launch(stored, [64], x.dtype, 4, 16, symmetric)
+        stored = quantise.quantize_pack.launch(x, counter(), 1, 4, 16, symmetric, False, False)
+        back = quantise.unpack_dequantize.launch(stored, [64], x.dtype, 4, 16, symmetric, False)
         assert back.isnan().view(4, 16).all(1).tolist() == [True, False, True, False]
         assert back.isnan().view(4, 16).any(1).tolist() == [True, False, True, False]
 
 
 def test_quantisation_of_a_strided_tensor():
     x = draw(8, 24).t()
-    stored = quantise.quantize_pack.launch(x, counter(), 1, 8, 32, False, False)
+    stored = quantise.quantize_pack.launch(x, counter(), 1, 8, 32, False, False, False)
     for mine, theirs in zip(
-        stored, quantise.quantize_pack.reference(x, counter(), 1, 8, 32, False, False), strict=True
+        stored, quantise.quantize_pack.reference(x, counter(), 1, 8, 32, False, False, False), strict=True
     ):
         assert torch.equal(mine, theirs)
 
@@ -310,22 +343,24 @@ def test_hadamard_with_quantisation(bits, stochastic):
 
 def examples() -> dict[str, tuple]:
     x, rows = draw(4, 32), torch.ones(4, 1, device=DEVICE)
-    codes = quantise.quantize_pack.reference(x, counter(), 1, 4, 32, False, False)
+    codes = quantise.quantize_pack.reference(x, counter(), 1, 4, 32, False, False, False)
     levels = LEVELS.to(DEVICE)
-    few = activation.few_bit_activation.reference(x, BORDERS.to(DEVICE), "gelu", 2)[1]
+    few = activation.few_bit_codes.reference(x, BORDERS, (0, 1, 2, 3), 2)
     weight = torch.ones(32, device=DEVICE)
     return {
         "layer_norm": (x, [32], weight, weight, 1e-5),
         "layer_norm_backward": (x, x, [32], rows, rows, weight, weight),
         "ms_norm": (x, 1, 1e-5, True),
+        "ms_norm_affine": (x, weight, weight, 1, 1e-5, False),
         "ms_norm_backward": (x, x, rows, 1, False),
         "ff_goodness": (x, 1e-8),
         "ff_goodness_backward": (rows[:, 0], x, x, rows[:, 0], 1e-8),
-        "random_projection": (x, counter(), 1, 8, "signs", 1.0),
-        "few_bit_activation": (x, BORDERS.to(DEVICE), "gelu", 2),
+        "random_projection": (x, counter(), 1, 8, "signs", 1.0, False),
+        "few_bit_codes": (x, BORDERS, (0, 3, 1, 2), 2),
+        "few_bit_activation": (x, BORDERS, (0, 1, 2, 3), "gelu", 2),
         "few_bit_backward": (x, few, levels, 2),
-        "quantize_pack": (x, counter(), 1, 4, 32, False, True),
-        "unpack_dequantize": (codes, [4, 32], torch.float32, 4, 32, False),
+        "quantize_pack": (x, counter(), 1, 4, 32, False, True, False),
+        "unpack_dequantize": (codes, [4, 32], torch.float32, 4, 32, False, False),
         "hadamard_transform": (x, 16),
         "hadamard_quantize": (x, counter(), 1, 16, 8, True),
     }
@@ -360,7 +395,7 @@ def test_float64_and_empty_tensors_are_refused_with_the_reason(name):
         )  # fmt: skip
 
     if name == "unpack_dequantize":
-        assert "float64" in KERNELS[name].why_not(args[0], [4], torch.float64, 4, 32, False)
+        assert "float64" in KERNELS[name].why_not(args[0], [4], torch.float64, 4, 32, False, False)
         return
     assert "float64" in KERNELS[name].why_not(*changed(torch.Tensor.double))
     assert "empty" in KERNELS[name].why_not(*changed(lambda t: t[:0]))
@@ -373,10 +408,13 @@ def test_float64_and_empty_tensors_are_refused_with_the_reason(name):
     [
         ("hadamard_transform", lambda: (draw(2, 12), 12), "power of two"),
         ("hadamard_transform", lambda: (draw(2, 12), 8), "not made of groups"),
-        ("quantize_pack", lambda: (draw(8), counter(), 1, 3, 8, False, False), "3 bits"),
-        ("few_bit_activation", lambda: (draw(8), BORDERS.to(DEVICE), "gelu", 1), "need more than 1 bits"),
-        ("few_bit_activation", lambda: (draw(8), BORDERS.to(DEVICE), "mish", 2), "mish"),
-        ("random_projection", lambda: (draw(2, 3), counter(), 1, 4, "cauchy", 1.0), "cauchy"),
+        ("quantize_pack", lambda: (draw(8), counter(), 1, 3, 8, False, False, False), "3 bits"),
+        ("quantize_pack", lambda: (draw(8), counter(), 1, 4, 12, False, False, True), "no power of two"),
+        ("few_bit_activation", lambda: (draw(8), BORDERS, (0, 1, 2, 3), "gelu", 1), "need more than 1 bits"),
+        ("few_bit_activation", lambda: (draw(8), BORDERS, (0, 1, 2, 3), "mish", 2), "mish"),
+        ("few_bit_codes", lambda: (draw(8), BORDERS, (0, 1, 2), 2), "codes for 3"),
+        ("few_bit_codes", lambda: (draw(8), BORDERS, (0, 1, 2, 3), 5), "5 bits"),
+        ("random_projection", lambda: (draw(2, 3), counter(), 1, 4, "cauchy", 1.0, False), "cauchy"),
         ("ms_norm", lambda: (torch.empty(1, 20000, device=DEVICE), 1, 1e-5, True), "longer than"),
     ],
 )
@@ -395,7 +433,7 @@ def test_more_than_two_to_the_31_elements():
     count = 2**31 + 4096
     x = torch.ones(count, dtype=torch.bfloat16, device="cuda")
     x[-1] = 3.0
-    stored = quantise.quantize_pack.launch(x, counter(), 1, 8, 128, False, False)
-    back = quantise.unpack_dequantize.launch(stored, [count], x.dtype, 8, 128, False)
+    stored = quantise.quantize_pack.launch(x, counter(), 1, 8, 128, False, False, False)
+    back = quantise.unpack_dequantize.launch(stored, [count], x.dtype, 8, 128, False, False)
     assert back[-1].item() == pytest.approx(3.0, rel=0.02)
     assert back[count // 2].item() == 1.0

@@ -69,8 +69,10 @@ UNLOCKED = [
     "local_loss{head=sim}",
     "local_loss{head=predsim}",
     "local_loss{head=dgl}",
+    "local_loss{head=aug_local}",
     "local_loss{head=target_projection}",
     "lls",
+    "lls{modulation=m}",
     "lls{modulation=mxm}",
     "counter_current",
 ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import graphrewrite as gr
 from cli_run import Run, run_fixture
+from graphrewrite.graph.core import StateInit
+from graphrewrite.runtime.state import RuleState
 from graphrewrite.testing.compare import assert_trains_like_eager
 
 run = run_fixture
@@ -87,3 +90,21 @@ def test_certify_says_what_it_cannot_see_without_targets(run: Run) -> None:
     assert "gives no targets, so the graph holds no loss" in run("certify", ":untaught", "--rule", "dfa").out
     assert run("certify", ":mlp", "--rule", "dfa", "--json").data["has_loss"] is True
     assert run("certify", ":untaught", "--rule", "dfa", "--json").data["has_loss"] is False
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_state_of_a_block_inside_of_a_block(trainable):
+    def init(size):
+        return StateInit((size,), torch.float32, torch.device("cpu"), lambda t, g: t.normal_(generator=g), trainable)
+
+    names = {"rule.d.1": init(3), "rule.d.1.0": init(4), "rule.d.1.0.x": init(5)}
+    for order in (list(names), list(reversed(names))):
+        state = RuleState()
+        assert state.create({n: names[n] for n in order}, 0) == order
+        assert {n: t.numel() for n, t in state.items()} == {n: names[n].shape[0] for n in names}
+        other = RuleState()
+        other.create(names, 1)
+        other.load_state_dict(copy.deepcopy(state).state_dict())
+        for name, tensor in state.items():
+            assert torch.equal(other.find(name), tensor)
+            assert other.find(name) is not tensor

@@ -44,6 +44,7 @@ VECTORS = {
     "softplus": F.softplus,
     "softsign": F.softsign,
     "tanhshrink": F.tanhshrink,
+    "softshrink": F.softshrink,
     "hardtanh": F.hardtanh,
     "relu6": F.relu6,
     "hardswish": F.hardswish,
@@ -110,12 +111,14 @@ VECTORS = {
     "smooth_l1": lambda h: F.smooth_l1_loss(h[:, :4], h[:, 4:], reduction="none"),
     "huber": lambda h: F.huber_loss(h[:, :4], h[:, 4:], reduction="sum").reshape(1),
     "bce": lambda h: F.binary_cross_entropy_with_logits(h, (h > 0).to(h.dtype)).reshape(1),
+    "margin": lambda h: F.multi_margin_loss(h, h.argmin(1)).reshape(1),
     "kl": lambda h: F.kl_div(h.log_softmax(1), h.softmax(1), reduction="batchmean").reshape(1),
     "nll": lambda h: F.cross_entropy(h, h.argmax(1), label_smoothing=0.1, weight=torch.ones(8, dtype=h.dtype))[None],
     "spectral": lambda h: torch.linalg.matrix_norm(h).reshape(1),
     "checkpointed": lambda h: checkpoint(lambda t: t.tanh().sin(), h, use_reentrant=False),
 }
 NOT_IN_BF16 = {
+    "margin",
     "cdist",
     "linalg",
     "rfft",
@@ -128,11 +131,9 @@ NOT_IN_BF16 = {
 }
 ONE_BATCH_SIZE = {
     "as_strided": lambda h: h.as_strided((4, 3), (2, 2)),
-    "softshrink": F.softshrink,
     "take_along": lambda h: h.take_along_dim(h.argsort(1)[:, :2], 1),
-    "margin": lambda h: F.multi_margin_loss(h, h.argmin(1)).reshape(1),
 }
-"""What torch traces with the sizes it sees, or differentiates only where sizes are numbers."""
+"""What torch traces with the sizes it sees."""
 CLOSE = {"prod": lambda h: h.prod(1)}
 """Their eager backward looks at the values (are there zeros?), which a graph cannot: equal up to rounding."""
 CLOSE_IMAGES = {

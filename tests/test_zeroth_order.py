@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import graphrewrite as gr
+import processes
 from graphrewrite import random
 from graphrewrite.graph.loop import LoopCall, is_loop
 from graphrewrite.graph.nodes import info
@@ -218,12 +219,24 @@ def test_directions_are_standard_normal_and_signs():
     assert abs(normal.mean()) < 4.5 / 200
     assert abs(normal.square().mean() - 1) < 4.5 * math.sqrt(2) / 200
     assert abs((normal**4).mean() - 3) < 4.5 * math.sqrt(96) / 200
-    assert torch.equal(normal, random.normal(drawn, 5, [40000]))
+    # numbers of different streams, pieces of a stream, and the two halves of a pair have nothing to do with each other
+    for other in (random.direction(drawn, 6, [40000], number, "normal"), normal.roll(1), normal.roll(1 << 14)):
+        assert abs((normal * other).mean()) < 4.5 / 200
     sign = random.direction(drawn, 5, [40000], number, "sign")
     assert torch.equal(sign.abs(), torch.ones_like(sign))
     assert abs(sign.mean()) < 4.5 / 200
     other = random.direction(drawn, 5, [40000], number + 1, "normal")
     assert abs((normal * other).mean()) < 4.5 / 200
+
+
+def test_the_generator_of_directions_is_split_mix():
+    """The published sequence for seed 1234567, and the same recurrence in Python integers for one draw."""
+    words = random._split_mix(torch.tensor(1234567), 0, 3)
+    assert [w % 2**64 for w in words.tolist()] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    found = dict(random.in_chunks(torch.tensor([3, 1, 0]), 9, 40000, 2, "normal"))
+    assert list(found) == [0, 1 << 14, 2 << 14]
+    whole = random.direction(torch.tensor([3, 1, 0]), 9, [200, 200], torch.tensor(2), "normal")
+    assert torch.equal(torch.cat(list(found.values())), whole.flatten())
 
 
 # --- reproducible --------------------------------------------------------------------------------------------------
@@ -272,6 +285,58 @@ def test_the_step_advances_and_losses_scale():
     compiled.zero_grad()
     (compiled.loss(x, y) * 3).backward()
     assert_close({n: p.grad / 3 for n, p in model.named_parameters()}, first)
+
+
+def _of_rank(rank: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = mlp()
+    torch.manual_seed(10 + rank)
+    return model, torch.randn(5, 4).double(), torch.randint(0, 3, (5,))
+
+
+def _two_ranks(rank: int, rules: list[str]):
+    """For every rule the weights after two steps in place, and the gradients that DDP makes of the ranks'."""
+    found = []
+    for rule in rules:
+        model, x, y = _of_rank(rank)
+        compiled = gr.compile(model, rule, example_inputs=x, example_targets=y)
+        losses = [compiled.zo_step(x, y, lr=0.1, weight_decay=0.01) for _ in range(2)]
+        model, x, y = _of_rank(rank)
+        wrapped = nn.parallel.DistributedDataParallel(gr.compile(model, rule).loss_module())
+        wrapped(x, y).backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        found.append((dict(compiled.module.state_dict()), losses, grads))
+    return found
+
+
+@SLOW
+def test_ranks_draw_their_own_directions_and_stay_equal(tmp_path):
+    """On two processes: equal weights bit by bit; the mean over ranks of what one process finds as each of them."""
+    rules = ["zeroth_order{queries=2}", "zeroth_order{method=stein,queries=2}", "zeroth_order{shared=true}"]
+    ranks = processes.run(_two_ranks, (rules,), tmp_path)
+    for rule, first, second in zip(rules, *ranks, strict=True):
+        assert_equal(first[0], second[0])
+        assert_equal(first[2], second[2])
+        assert torch.equal(torch.stack(first[1]), torch.stack(second[1]))
+        # the same, one process playing both ranks
+        twins = [(gr.compile(model, rule), x, y) for model, x, y in (_of_rank(0), _of_rank(1))]
+        by_rank = []
+        for step in range(2):
+            grads = []
+            for rank, (compiled, x, y) in enumerate(twins):
+                compiled._rank = rank
+                grads.append(train_step(compiled, x, y))
+            if step == 0:
+                by_rank = grads
+                assert_close(first[2], {n: (grads[0][n] + grads[1][n]) / 2 for n in grads[0]}, rtol=1e-8)
+            with torch.no_grad():
+                for compiled, _, _ in twins:
+                    for name, p in compiled.module.named_parameters():
+                        decay = 0.01 * p if p.dim() > 1 else 0
+                        p -= 0.1 * ((grads[0][name] + grads[1][name]) / 2 + decay)
+        assert_close(first[0], dict(twins[0][0].module.state_dict()), rtol=1e-8)
+        drawn = [g["0.weight"] / g["2.weight"].flatten()[0] for g in by_rank]
+        assert torch.allclose(*drawn) == ("shared" in rule), rule
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -439,6 +504,21 @@ def test_noise_that_reads_activations_is_refused_by_name():
     x, y = torch.randn(5, 4), torch.randint(0, 3, (5,))
     with pytest.raises(gr.RuleError, match=r"bernoulli.default would draw other numbers"):
         gr.compile(Noisy(), "zeroth_order", example_inputs=x, example_targets=y)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "zeroth_order",
+        *[pytest.param(r, marks=SLOW) for r in ("forward_gradient{perturb=weights}", "equilibrium_propagation")],
+    ],
+)
+def test_an_empty_batch_is_refused_before_it_spoils_every_weight(rule):
+    model = mlp()
+    x, y = batch(model)
+    compiled = gr.compile(model, rule, blocks="layers")
+    with pytest.raises(gr.RuleError, match=r"the batch is empty.*\n.*drop_last"):
+        compiled.loss(x[:0], y[:0])
 
 
 def test_training_through_the_forward_is_refused():

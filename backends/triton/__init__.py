@@ -7,6 +7,7 @@ operator. Importing this package imports neither triton nor any kernel.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from graphrewrite.backends import Run, Taken
 from graphrewrite.backends.triton import activation, goodness, hadamard, norms, projection, quantise
+from graphrewrite.backends.triton.pairs import Pair, pairs
 from graphrewrite.backends.triton.support import KERNELS, Kernel, runs_on, unavailable
 from torch import fx
 
@@ -67,7 +69,20 @@ def with_kernels(module: fx.GraphModule, part: Partition) -> fx.GraphModule:
     """A copy of a stage that calls kernels; `part.coverage` says of each node what took it, and why no kernel did."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
+    joined = {member: one for one in pairs(module.graph) for member in (one.first, one.second)}
+    # blocks compute equal things apart from each other; what runs them need not
+    launched: dict[tuple[Any, str], fx.Node] = {}
     for node in module.graph.nodes:
+        if node in joined:
+            if node not in env:
+                _call_joined(new, env, joined[node], part)
+            continue
+        if node.target in _OWN:
+            same = launched.setdefault((node.target, str(node.args)), node)
+            if same is not node:
+                env[node] = env[same]
+                part.coverage[node.meta["aten"]] = part.coverage[same.meta["aten"]]
+                continue
         env[node] = new.node_copy(node, env.__getitem__)
         if node.op != "call_function":
             continue
@@ -78,6 +93,16 @@ def with_kernels(module: fx.GraphModule, part: Partition) -> fx.GraphModule:
             env[node].args = found.arguments(env[node].args)
             env[node].kwargs = {}
     return fx.GraphModule(module, new)
+
+
+def _call_joined(new: fx.Graph, env: dict[fx.Node, fx.Node], one: Pair, part: Partition) -> None:
+    """One call in the place of two nodes, where the first of them stood."""
+    args = fx.map_arg(one.args, env.__getitem__)
+    call = new.call_function(one.launch, args)
+    for position, node in enumerate((one.first, one.second)):
+        env[node] = new.call_function(operator.getitem, (call, position))
+        env[node].meta = dict(node.meta)
+        part.coverage[node.meta["aten"]] = Taken("triton", one.kernel.name)
 
 
 @dataclass(frozen=True)

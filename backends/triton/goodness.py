@@ -8,13 +8,15 @@ over all dimensions but the first. For a row of zeros the derivative of r does n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from graphrewrite.backends.triton.support import operator, rows_of, unfit
+from graphrewrite.backends.triton.support import differentiable, operator, rows_of, unfit
 from graphrewrite.passes.compression._packing import work_dtype
 
 
 def _forward(h: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = h.reshape(h.shape[0], -1).to(work_dtype(h.dtype))
+    flat = h.flatten(1).to(work_dtype(h.dtype))
     squares = flat.square().sum(1)
     divisor = (squares / flat.shape[1]).sqrt() + eps
     return squares, (flat / divisor[:, None]).to(h.dtype).view(h.shape)
@@ -42,7 +44,7 @@ ff_goodness = operator(
 def _backward(
     g_squares: torch.Tensor, g_out: torch.Tensor | None, h: torch.Tensor, squares: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    flat = h.reshape(h.shape[0], -1).to(work_dtype(h.dtype))
+    flat = h.flatten(1).to(work_dtype(h.dtype))
     factor = 2 * g_squares.to(flat.dtype)
     if g_out is None:
         return (flat * factor[:, None]).to(h.dtype).view(h.shape)
@@ -76,3 +78,19 @@ ff_goodness_backward = operator(
     fake=lambda g_squares, g_out, h, squares, eps: h.new_empty(h.shape),
     why_not=lambda g_squares, g_out, h, squares, eps: unfit(h, g_squares, g_out),
 )
+
+
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, float], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    h, ctx.eps = inputs
+    ctx.save_for_backward(h, output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, g_squares: torch.Tensor | None, g_out: torch.Tensor | None) -> tuple[Any, None]:
+    h, squares = ctx.saved_tensors
+    if g_squares is None:
+        g_squares = torch.zeros_like(squares)
+    return torch.ops.graphrewrite.ff_goodness_backward(g_squares, g_out, h, squares, ctx.eps), None
+
+
+differentiable("ff_goodness", _differentiate, _keep)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 
 import torch
-from graphrewrite.backends.triton.quantise import levels
-from graphrewrite.backends.triton.support import operator, unfit
+from graphrewrite.backends.triton.quantise import hadamard_rows, levels, rotation
+from graphrewrite.backends.triton.support import next_power_of_two, operator, unfit
 from graphrewrite.passes.compression._packing import round_up, work_dtype
 
 from graphrewrite import random
@@ -34,14 +34,7 @@ def _transform(work: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _launch(x: torch.Tensor, group: int) -> torch.Tensor:
-    from graphrewrite.backends.triton.kernels import hadamard
-
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = x.numel() // group
-    hadamard.transform[lambda meta: (-(-rows // meta["GROUPS"]),)](
-        x.contiguous(), out, rows, SIZE=group, LOG=group.bit_length() - 1
-    )
-    return out
+    return hadamard_rows(x.reshape(-1, group)).view(x.shape)
 
 
 def _why_not(x: torch.Tensor, group: int) -> str:
@@ -85,8 +78,8 @@ def _launch_codes(
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     steps = torch.empty(rows, dtype=torch.bfloat16, device=x.device)
     hadamard.encode[lambda meta: (-(-rows // meta["GROUPS"]),)](
-        x.contiguous(), counter, codes, steps, rows, stream,
-        LEVELS=levels(bits, True), STOCHASTIC=stochastic, SIZE=group, LOG=group.bit_length() - 1,
+        x.contiguous(), counter, codes, steps, rows, stream, next_power_of_two(rows),
+        LEVELS=levels(bits, True), STOCHASTIC=stochastic, **rotation(group),
     )  # fmt: skip
     return codes, steps
 

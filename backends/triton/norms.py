@@ -2,7 +2,7 @@
 
 `layer_norm` and its backward compute what `aten.native_layer_norm` does. `ms_norm` is the memory-sharing form
 (Yang et al., 2024): its output z, without the affine part, is what the backward reads, so that a linear map behind it
-and the norm share one saved tensor:
+and the norm share one saved tensor (`ms_norm_affine` computes z and the affine output at once):
 
     dx = rstd (g - mean g - z mean(g z)),    for RMS norm without mean g.
 """
@@ -48,8 +48,8 @@ def _launch_layer_norm(
     mean = torch.empty(kept, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     norms.forward[(rows.shape[0],)](
-        rows, weight, bias, out, mean, rstd, rows.stride(0), rows.shape[1], eps,
-        RMS=False, AFFINE=weight is not None, SHIFT=bias is not None, MEAN=True,
+        rows, weight, bias, out, mean, rstd, None, rows.stride(0), rows.shape[1], eps,
+        RMS=False, AFFINE=weight is not None, SHIFT=bias is not None, MEAN=True, KEEP=False,
         BLOCK=next_power_of_two(rows.shape[1]),
     )  # fmt: skip
     return out, mean, rstd
@@ -162,8 +162,8 @@ def _launch_ms_norm(x: torch.Tensor, dims: int, eps: float, rms: bool) -> tuple[
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty([*x.shape[: x.dim() - dims], *[1] * dims], dtype=torch.float32, device=x.device)
     norms.forward[(rows.shape[0],)](
-        rows, None, None, out, None, rstd, rows.stride(0), rows.shape[1], eps,
-        RMS=rms, AFFINE=False, SHIFT=False, MEAN=False, BLOCK=next_power_of_two(rows.shape[1]),
+        rows, None, None, out, None, rstd, None, rows.stride(0), rows.shape[1], eps,
+        RMS=rms, AFFINE=False, SHIFT=False, MEAN=False, KEEP=False, BLOCK=next_power_of_two(rows.shape[1]),
     )  # fmt: skip
     return out, rstd
 
@@ -178,6 +178,42 @@ ms_norm = operator(
     launch=_launch_ms_norm,
     fake=_fake_ms_norm,
     why_not=lambda x, dims, eps, rms: _why_not(x, width=math.prod(x.shape[x.dim() - dims :])),
+)
+
+
+def _ms_norm_affine(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dims: int, eps: float, rms: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    z, rstd = _ms_norm(x.to(work_dtype(x.dtype)), dims, eps, rms)
+    y = z * weight.to(z.dtype)
+    if bias is not None:
+        y = y + bias.to(z.dtype)
+    return y.to(x.dtype), z.to(x.dtype), rstd
+
+
+def _launch_ms_norm_affine(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dims: int, eps: float, rms: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from graphrewrite.backends.triton.kernels import norms
+
+    rows = rows_of(x, dims)
+    y, z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    rstd = torch.empty([*x.shape[: x.dim() - dims], *[1] * dims], dtype=torch.float32, device=x.device)
+    norms.forward[(rows.shape[0],)](
+        rows, weight, bias, y, None, rstd, z, rows.stride(0), rows.shape[1], eps,
+        RMS=rms, AFFINE=True, SHIFT=bias is not None, MEAN=False, KEEP=True, BLOCK=next_power_of_two(rows.shape[1]),
+    )  # fmt: skip
+    return y, z, rstd
+
+
+ms_norm_affine = operator(
+    "ms_norm_affine(Tensor x, Tensor weight, Tensor? bias, int dims, float eps, bool rms) -> (Tensor, Tensor, Tensor)",
+    reference=_ms_norm_affine,
+    launch=_launch_ms_norm_affine,
+    fake=lambda x, weight, bias, dims, eps, rms: (x.new_empty(x.shape), *_fake_ms_norm(x, dims, eps, rms)),
+    why_not=lambda x, weight, bias, dims, eps, rms: _why_not(
+        x, weight, bias, width=math.prod(x.shape[x.dim() - dims :])
+    ),
 )
 
 

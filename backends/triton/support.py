@@ -123,6 +123,17 @@ def operator(
     return kernel
 
 
+def differentiable(name: str, backward: Callable[..., Any], keep: Callable[..., None]) -> None:
+    """Give an operator a derivative, for rules that let theirs be traced.
+
+    Args:
+        name: Of an operator that is defined already.
+        backward: `backward(ctx, *cotangents)`.
+        keep: `keep(ctx, inputs, output)`.
+    """
+    torch.library.register_autograd(f"graphrewrite::{name}", backward, setup_context=keep, lib=_LIBRARY)
+
+
 def traffic(*tensors: torch.Tensor | None) -> int:
     """Bytes of tensors that are each read or written once."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

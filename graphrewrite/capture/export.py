@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphrewrite._compat import (
     annotate,
+    composites_of,
     eager_branches,
     keep_random,
     keyword_attributes,
@@ -26,7 +27,7 @@ from graphrewrite._compat import (
     quiet_export,
     recurrent_decompositions,
     set_grad_wrapper,
-    unreduced_losses,
+    symbolic_forms,
 )
 from graphrewrite.capture.convert import REGION, to_forward_graph
 from graphrewrite.capture.diagnose import explain_failure
@@ -34,7 +35,7 @@ from graphrewrite.capture.refusals import check_modules, long_sequence, recurren
 from graphrewrite.capture.structure import Structure, take_apart
 from graphrewrite.errors import CaptureError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.ops import custom_operator
+from graphrewrite.graph.ops import custom_operator, reads_strides
 from graphrewrite.inputs import Inputs
 
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -126,12 +127,20 @@ def capture(
 
 
 def _export(wrapper: _Traced, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    packed = pytree.tree_map(_packed(), args)
+    program = _export_as_is(wrapper, packed, shapes)
+    moved = any(a is not b for a, b in zip(pytree.tree_leaves(packed), pytree.tree_leaves(args), strict=True))
+    return _export_as_is(wrapper, args, shapes) if moved and reads_strides(program.graph.nodes) else program
+
+
+def _export_as_is(wrapper: _Traced, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     devices = sorted({t.device.index or 0 for t in pytree.tree_leaves(args) if _on_cuda(t)})
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), _faithful_export():
         program = torch.export.export(wrapper, args, dynamic_shapes=shapes, strict=False)
         _detach_no_grad_regions(program.graph_module)
         # inside the caller's autocast: outside of it the casts would be lost
-        decomposed: ExportedProgram = program.run_decompositions(recurrent_decompositions())
+        with composites_of(program):
+            decomposed: ExportedProgram = program.run_decompositions(recurrent_decompositions())
         return decomposed
 
 
@@ -156,10 +165,13 @@ def _converted(program: ExportedProgram, traced: _Traced, inputs: Inputs, target
 def _rebuilder(structure: Any) -> Callable[[Sequence[Any]], Any]:
     """Puts other values in the place of a structure's tensors, in order."""
     leaves, spec = pytree.tree_flatten(structure)
+    # the tensors themselves are not kept: they are the user's batch
+    rest = [(isinstance(x, torch.Tensor), None if isinstance(x, torch.Tensor) else x) for x in leaves]
+    del leaves
 
     def rebuild(values: Sequence[Any]) -> Any:
         given = iter(values)
-        return pytree.tree_unflatten([next(given) if isinstance(x, torch.Tensor) else x for x in leaves], spec)
+        return pytree.tree_unflatten([next(given) if known else x for known, x in rest], spec)
 
     return rebuild
 
@@ -174,7 +186,7 @@ def _faithful_export() -> Iterator[None]:
     with (
         quiet_export(),
         native_kernels(),
-        unreduced_losses(),
+        symbolic_forms(),
         keep_random(),
         keyword_attributes(),
         preserve_annotations(),
@@ -210,6 +222,28 @@ def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], dynamic: Any) -> An
         {k: dynamic.get(k) for k in args[1]},
         *rest,
     )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def _packed() -> Callable[[Any], Any]:
+    """Gives a tensor with gaps or overlaps in memory (a slice, an expanded one) as one without, dimensions in order.
+
+    Of a stride that is no product of sizes torch makes a symbol that no input tells, and then fails or not as the order
+    of a set of symbols has it. What a graph computes does not depend on gaps. The same tensor stays the same.
+    """
+    packed: dict[int, torch.Tensor] = {}
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided or _is_dense(leaf):
+            return leaf
+        if id(leaf) not in packed:
+            packed[id(leaf)] = torch.empty_like(leaf).copy_(leaf.detach()).requires_grad_(leaf.requires_grad)
+        return packed[id(leaf)]
+
+    return of
 
 
 def _warn_long_sequences(model: nn.Module, inputs: Inputs) -> None:

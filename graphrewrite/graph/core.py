@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import fx
 
-from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, unreduced_losses
+from graphrewrite._compat import FakeTensorMode, enable_python_dispatcher, make_fx, native_kernels, symbolic_forms
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.aliasing import base_of, drop_mutation, written_bases
 from graphrewrite.graph.nodes import (
@@ -93,6 +93,7 @@ class Context:
         example: Example values of a graph's placeholders, for passes that measure; None while no pass runs.
         bp_bytes: What backpropagation saves between forward and backward; None where this graph is backpropagation.
         coder: What encodes and decodes in the place of a codec, to the same bits: a backend's kernels.
+        stand_ins: Functions of passes and rules whose work a backend has one operator for -> what calls it instead.
     """
 
     loss: Callable[[Any, Any], torch.Tensor] | None = None
@@ -104,6 +105,11 @@ class Context:
     example: Callable[[Any], list[Any]] | None = None
     bp_bytes: int | None = None
     coder: Callable[[Any], Any] | None = None
+    stand_ins: Mapping[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
+
+    def form(self, steps: Callable[..., Any]) -> Callable[..., Any]:
+        """What does the work of a function in this graph: one operator of the backend's, or the function itself."""
+        return self.stand_ins.get(steps, steps)
 
 
 @dataclass
@@ -229,7 +235,7 @@ class GraphCore:
             shape_env.ignore_fresh_unbacked_symbols() if forget else contextlib.nullcontext(),  # type: ignore[union-attr]
             self.fake_mode,
             native_kernels(),
-            unreduced_losses(),
+            symbolic_forms(),
             enable_python_dispatcher(),
             torch.amp.autocast("cpu", enabled=False),
             torch.amp.autocast("cuda", enabled=False),

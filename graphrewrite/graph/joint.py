@@ -737,7 +737,7 @@ class JointGraph(GraphCore):
         for node in made:
             anchor.prepend(node)
 
-    def recompute(self, nodes: Collection[fx.Node]) -> int:
+    def recompute(self, nodes: Collection[fx.Node], *, keep_blocks: bool = False) -> int:
         """Let the backward compute forward values again instead of reading saved ones.
 
         ATen level only. Random and mutating operators are not repeated: what the backward needs of them stays saved.
@@ -745,6 +745,8 @@ class JointGraph(GraphCore):
 
         Args:
             nodes: Forward operators; those of them that the backward needs, directly or for others, are repeated.
+            keep_blocks: Label what is repeated with its own block, and not with its reader's: for a backward that
+                passes nothing from block to block and may run in the order of the forward.
 
         Returns:
             How many operators were repeated.
@@ -767,7 +769,8 @@ class JointGraph(GraphCore):
         repeated: dict[fx.Node, fx.Node] = {}
         for node in sorted(reader_of, key=position.__getitem__):
             own = info(reader_of[node])
-            like = info(node).but(role=Role.COTANGENT, copy=own.copy, block=own.block, stage="")
+            block = info(node).block if keep_blocks else own.block
+            like = info(node).but(role=Role.COTANGENT, copy=own.copy, block=block, stage="")
             repeated[node] = self._again(node, repeated, like)
         for reader in readers:
             for source in reader.all_input_nodes:

@@ -249,6 +249,9 @@ OutputSpec = UserOutput | Loss | LossTerm | BufferUpdate | InputUpdate | StateUp
 # --- node information --------------------------------------------------------------------------------------------
 
 
+REPLAY = "replay"
+
+
 @dataclass(frozen=True)
 class NodeInfo:
     """What a node is for and where it comes from. Immutable: passes write a new one.
@@ -262,7 +265,8 @@ class NodeInfo:
         source: `file:line` of the user's code.
         made_by: The pass that made the node; "capture" for the user's own operators.
         spec: For placeholders, what is fed in.
-        region: Identifier of the `torch.utils.checkpoint` region, "" outside.
+        region: Identifier of the `torch.utils.checkpoint` region, "" outside; `REPLAY` for what a rule has the backward
+            run again.
         copy: Label of the forward pass the node belongs to; "" for the first one (`clone_forward`).
         stage: The stage a schedule pass moved the node to; "" where its role decides.
         scales: Whether the node does nothing but multiply a finished gradient by the loss's cotangent.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -271,3 +271,11 @@ def call_operator(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[
     if is_custom(target):
         return _CALLS[target](*args, **kwargs)
     return target(*args, **kwargs)
+
+
+def reads_strides(nodes: Iterable[fx.Node]) -> bool:
+    """Whether one of the nodes is a view that names steps in memory: what it shows depends on its input's strides."""
+    return any(getattr(node.target, "overloadpacket", None) in _STRIDED for node in nodes)
+
+
+_STRIDED = {torch.ops.aten.as_strided, torch.ops.aten.as_strided_copy, torch.ops.aten.as_strided_scatter}

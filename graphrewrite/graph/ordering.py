@@ -25,8 +25,9 @@ def cheapest_order(
     given: Sequence[fx.Node] = (),
     *,
     descending: bool = False,
+    either: bool = False,
 ) -> list[fx.Node]:
-    """The order with the lower predicted peak: the one the nodes stand in, or block by block.
+    """The order with the lowest predicted peak: the one the nodes stand in, or block by block.
 
     Args:
         graph: The graph of the nodes.
@@ -34,16 +35,23 @@ def cheapest_order(
         results: What stays alive to the end.
         given: Values handed in, which die after their last use.
         descending: Last block first, for a backward.
+        either: Try the other direction, too: a backward that computes the forward again and passes nothing down is
+            cheapest first block first.
     """
-    other = block_major_order(graph, nodes, descending=descending)
-    if other == nodes:
+    others = [block_major_order(graph, nodes, descending=descending)]
+    if either:
+        others.append(block_major_order(graph, nodes, descending=not descending, loss_first=descending))
+    others = [order for order in others if order != nodes]
+    if not others:
         return nodes
     kept = {base_of(n) for n in results}
-    by_blocks, as_is = (max(live_bytes(order, kept, given), default=0) for order in (other, nodes))
-    return other if by_blocks < as_is else nodes
+    # of equal ones the order as it is
+    return min([nodes, *others], key=lambda order: max(live_bytes(order, kept, given), default=0))
 
 
-def block_major_order(graph: JointGraph, nodes: Sequence[fx.Node], *, descending: bool = False) -> list[fx.Node]:
+def block_major_order(
+    graph: JointGraph, nodes: Sequence[fx.Node], *, descending: bool = False, loss_first: bool = False
+) -> list[fx.Node]:
     """All of a block (every forward pass, its loss, its backward) before anything of the next block.
 
     With local losses nothing of a block is read after it, so live memory does not grow with depth. Random operators
@@ -52,7 +60,7 @@ def block_major_order(graph: JointGraph, nodes: Sequence[fx.Node], *, descending
     if mutated_bases(nodes):
         return list(nodes)
     rank = {block.name: block.index for block in graph.blocks}
-    rank[LOSS_BLOCK] = len(rank)
+    rank[LOSS_BLOCK] = -1 if loss_first else len(rank)
     if descending:
         rank = {name: -index for name, index in rank.items()}
     inside = set(nodes)

@@ -188,7 +188,12 @@ def partition(graph: JointGraph) -> Partition:
     handed += [n for n in held if _is_tangent(n)]
     order["forward"] = cheapest_order(graph, order["forward"], [*forward_outputs.values(), *wanted])
     order["backward"] = cheapest_order(
-        graph, order["backward"], [*backward_outputs.values(), *handed], wanted[:read_by_backward], descending=True
+        graph,
+        order["backward"],
+        [*backward_outputs.values(), *handed],
+        wanted[:read_by_backward],
+        descending=True,
+        either=any(info(n).region for n in order["backward"]),
     )
     order["weight"] = cheapest_order(graph, order["weight"], list(weight_outputs.values()), held, descending=True)
     carried = _carried([n for n in wanted if n not in forward_outputs.values()], order["backward"], set(held))

@@ -36,6 +36,7 @@ from graphrewrite.graph.nodes import (
     value,
 )
 from graphrewrite.inputs import Inputs, as_inputs, as_targets
+from graphrewrite.runtime.chunked import run_joint, run_mean
 from graphrewrite.runtime.predictor import Predictor
 from graphrewrite.runtime.program import Program
 from graphrewrite.runtime.signature import Call, ModelWatch, flatten_call
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
     from graphrewrite.runtime.alignment import Alignment
 
 MAX_CAPTURES = 16
+
+_CAPTURING = threading.RLock()
+"""Capture replaces functions of torch while it runs: in one thread at a time, whichever model it is of."""
 
 
 class CompiledModule(StatefulModule):
@@ -85,7 +89,6 @@ class CompiledModule(StatefulModule):
         """Drop what is derived from the model: programs and name look-ups."""
         self._programs: dict[Any, list[Program]] = {}
         self._watch = ModelWatch(self.module)
-        self._lock = threading.RLock()
         self._latest: dict[str, Program] = {}
         self._captures: dict[str, int] = {}
         self._hooks: dict[str, int] = {}
@@ -106,7 +109,10 @@ class CompiledModule(StatefulModule):
             return self._forward_without_backward(blocked[0].name, args, kwargs)
         inputs = Inputs(*args, **kwargs)
         self._scheduled_feedback(inputs)
-        program, call = self._program("forward", inputs, None)
+        if self._options.chunk is not None:
+            self._before_training()
+            return run_joint(self, inputs, self._options.chunk)
+        program, call = self.program_for("forward", inputs, None)
         results = self._run(program, call)
         values = {s.index: v for s, v in results.items() if isinstance(s, UserOutput)}
         self._write_back(program, results, call)
@@ -131,14 +137,32 @@ class CompiledModule(StatefulModule):
                 loss = self.task_loss(self.module(*inputs.args, **inputs.kwargs), targets)
             self.losses = {"task": loss}
             return loss
+        if trains and self._options.chunk is not None:
+            return self._loss_in_chunks(inputs, targets, self._options.chunk)
         if trains:
             self._scheduled_feedback(inputs)
-        program, call = self._program("loss" if trains else "evaluate", inputs, targets)
+        program, call = self.program_for("loss" if trains else "evaluate", inputs, targets)
         program.check_labels(call.targets)
         results = self._run(program, call) if trains else self._run_forward(program, call)
         self._write_back(program, results, call)
         self.losses = {s.name: v.detach() for s, v in results.items() if isinstance(s, LossTerm)}
         return results[Loss()]  # type: ignore[no-any-return]
+
+    def _loss_in_chunks(self, inputs: Inputs, targets: Any, count: int) -> torch.Tensor:
+        if self._options.chunk_loss == "mean":
+            self._scheduled_feedback(inputs)
+            self._before_training()
+            loss, terms = run_mean(self, inputs, targets, count)
+            self.losses = terms
+            return loss
+        loss = self.task_loss(self(*inputs.args, **inputs.kwargs), targets)
+        self.losses = {"task": loss.detach()}
+        return loss
+
+    def loss_without_backward(self, inputs: Inputs, targets: Any) -> torch.Tensor:
+        """The rule's loss in training mode; no gradient is recorded and no state advances."""
+        program, call = self.program_for("loss", inputs, targets)
+        return self._run_forward(program, call)[Loss()]  # type: ignore[no-any-return]
 
     def step_blocks(
         self,
@@ -169,6 +193,7 @@ class CompiledModule(StatefulModule):
         Raises:
             RuleError: A block's update waits for blocks behind it.
         """
+        self._refuse_chunks("step_blocks")
         return step_blocks(self, x, y, optimizers, greedy, before_update)
 
     def zo_step(self, x: Any, y: Any, lr: float, weight_decay: float = 0.0) -> torch.Tensor:
@@ -176,7 +201,9 @@ class CompiledModule(StatefulModule):
 
         The update is that of `loss(x, y).backward()` and SGD with this learning rate, up to rounding: the same
         directions, but no gradient is ever held. Biases and normalisation weights do not decay. In a distributed run
-        all ranks move along the same directions, by the mean of their losses.
+        each rank draws directions of its own, ranks exchange the differences of losses, and all move along all
+        directions: weights that are equal at the start stay equal. With `shared=true` there are the same directions on
+        all ranks, and the mean of their losses.
 
         Args:
             x: As for `loss`.
@@ -187,6 +214,7 @@ class CompiledModule(StatefulModule):
         Returns:
             The mean of the losses that were compared.
         """
+        self._refuse_chunks("zo_step")
         return zo_step(self, x, y, lr, weight_decay)
 
     def block_optimizers(self) -> dict[str, Optimizer]:
@@ -203,7 +231,7 @@ class CompiledModule(StatefulModule):
         with torch.no_grad():
             if not self._changes_forward():
                 return self.module(*inputs.args, **inputs.kwargs)
-            program, call = self._program("predict", inputs, None)
+            program, call = self.program_for("predict", inputs, None)
             results = self._run_forward(program, call)
         values = {s.index: v for s, v in results.items() if isinstance(s, UserOutput)}
         return program.captured.rebuild([values[i] for i in range(len(values))])
@@ -225,8 +253,8 @@ class CompiledModule(StatefulModule):
             )
         inputs = Inputs(*self._example.args, **self._example.kwargs)
         with torch.no_grad():
-            program, call = self._program("predict", inputs, None)
-        return Predictor(program, self._fetch(program, call))
+            program, call = self.program_for("predict", inputs, None)
+        return Predictor(program, self.fetch(program, call))
 
     def loss_module(self) -> nn.Module:
         """A view whose `forward(x, y)` is `loss(x, y)`: what DDP, `fully_shard` and Lightning wrap."""
@@ -240,7 +268,7 @@ class CompiledModule(StatefulModule):
                 f"rule {self._options.rules} needs targets to be materialised", remedy="give example_targets as well"
             )
         with torch.enable_grad():
-            self._program(kind, as_inputs(x), as_targets(y))
+            self.program_for(kind, as_inputs(x), as_targets(y))
         return self
 
     def feedback_phase(self, x: Any = None, times: int = 1) -> None:
@@ -264,7 +292,7 @@ class CompiledModule(StatefulModule):
         inputs = _filled(self._example) if x is None else as_inputs(x)
         with torch.no_grad():
             for _ in range(times):
-                program, call = self._program("feedback", inputs, None)
+                program, call = self.program_for("feedback", inputs, None)
                 results = self._run_forward(program, call)
                 self._step += 1
                 for spec, result in results.items():
@@ -370,13 +398,17 @@ class CompiledModule(StatefulModule):
     def _changes_forward(self) -> bool:
         return any(rule.changes_forward for rule in self._options.rules.rules)
 
-    def _program(self, kind: Kind, inputs: Inputs, targets: Any) -> tuple[Program, Call]:
+    def program_for(self, kind: Kind, inputs: Inputs, targets: Any) -> tuple[Program, Call]:
+        """The program that fits a call, captured if there is none yet, and the call's flat inputs."""
         call = flatten_call(kind, inputs, targets, self._options.dynamic, self._watch.key())
-        for program in self._programs.get(call.key, ()):
-            if program.guards(call.leaves, call.targets):
-                self._latest[kind] = program
+        program = self._known_program(kind, call)
+        if program is not None:
+            return program, call
+        with _CAPTURING:
+            # another thread may have captured it while this one waited
+            program = self._known_program(kind, call)
+            if program is not None:
                 return program, call
-        with self._lock:
             self._warn_about_hooks()
             known = self._programs.setdefault(call.key, [])
             program = build_program(
@@ -390,6 +422,13 @@ class CompiledModule(StatefulModule):
             self._example = _outline(inputs)
             self._watch.refresh()
         return program, call
+
+    def _known_program(self, kind: Kind, call: Call) -> Program | None:
+        for program in self._programs.get(call.key, ()):
+            if program.guards(call.leaves, call.targets):
+                self._latest[kind] = program
+                return program
+        return None
 
     def _warn_about_hooks(self) -> None:
         hooks = self._watch.hooks()
@@ -417,16 +456,17 @@ class CompiledModule(StatefulModule):
     def _create_state(self, graph: JointGraph) -> None:
         self._graphrewrite.create(graph.state_inits, self._options.seed)
 
-    def _fetch(self, program: Program, call: Call) -> Callable[[InputSpec], Any]:
+    def fetch(self, program: Program, call: Call | None) -> Callable[[InputSpec], Any]:
+        """Values of a program's inputs; without a call, of those that are no inputs of the model."""
         constants = program.partition.graph.constants
 
         def fetch(spec: InputSpec) -> Any:
             if isinstance(spec, (Param, Buffer)):
                 held, name = self._watch.slot(spec.name)
                 return held[name]
-            if isinstance(spec, UserInput):
+            if isinstance(spec, UserInput) and call is not None:
                 return call.leaves[spec.index]
-            if isinstance(spec, Target):
+            if isinstance(spec, Target) and call is not None:
                 return call.targets[spec.index]
             if isinstance(spec, Constant):
                 return constants[spec.name]
@@ -444,6 +484,13 @@ class CompiledModule(StatefulModule):
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         return torch.tensor([self._options.seed, self._step, self._rank_or_zero()], dtype=torch.int64, device=device)
 
+    def next_counter(self, program: Program) -> torch.Tensor:
+        """Seed, step and rank of the next training call's random numbers."""
+        found = self._counter()
+        if program.uses_counter:
+            self._step += 1
+        return found
+
     def _rank_or_zero(self) -> int:
         if self._rank is not None:
             return self._rank
@@ -451,8 +498,7 @@ class CompiledModule(StatefulModule):
         return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
     def _run(self, program: Program, call: Call) -> dict[Any, Any]:
-        if self._untrained is not None:
-            self._untrained.before_training(self.module, self._graphrewrite, str(self._options.rules))
+        self._before_training()
         owner = weakref.ref(self)
 
         def on_backward(spec: Any, result: Any) -> None:
@@ -460,13 +506,21 @@ class CompiledModule(StatefulModule):
             if compiled is not None and isinstance(spec, StateUpdate):
                 compiled._update_state(spec.name, result)
 
-        values = program(self._fetch(program, call), on_backward, self._weights)
+        values = program(self.fetch(program, call), on_backward, self._weights)
         if program.uses_counter:
             self._step += 1
         return {spec: values[i] for spec, i in program.partition.forward_outputs.items()}
 
+    def _before_training(self) -> None:
+        if self._untrained is not None:
+            self._untrained.before_training(self.module, self._graphrewrite, str(self._options.rules))
+
+    def _refuse_chunks(self, what: str) -> None:
+        if self._options.chunk is not None:
+            raise RuleError(f"{what} runs the whole batch, not chunk={self._options.chunk} parts", remedy="use loss()")
+
     def _run_forward(self, program: Program, call: Call) -> dict[Any, Any]:
-        fetch = self._fetch(program, call)
+        fetch = self.fetch(program, call)
         values = program.run_forward([fetch(spec) for spec in program.partition.forward_inputs])
         return {spec: values[i] for spec, i in program.partition.forward_outputs.items()}
 
@@ -512,7 +566,7 @@ class CompiledModule(StatefulModule):
 
     def run_forward(self, kind: Kind, inputs: Inputs) -> dict[Any, Any]:
         """Run a program without targets and without a backward; its results by output specification."""
-        program, call = self._program(kind, inputs, None)
+        program, call = self.program_for(kind, inputs, None)
         return self._run_forward(program, call)
 
     @property
@@ -590,7 +644,7 @@ class CompiledModule(StatefulModule):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        derived_names = ("_programs", "_watch", "_lock", "_latest", "_captures", "_hooks", "_example")
+        derived_names = ("_programs", "_watch", "_latest", "_captures", "_hooks", "_example")
         for derived in (*derived_names, "_settled", "_weights"):
             state.pop(derived, None)
         state["losses"] = dict(self.losses)

@@ -64,6 +64,8 @@ class Program:
     positions: dict[InputSpec, int] = field(init=False)
     plans: dict[str | None, StepPlan] = field(init=False, default_factory=dict)
     """How `step_blocks` runs it, by the block that is trained alone; None: all blocks."""
+    samples_checked: bool = field(init=False, default=False)
+    """Whether a step in chunks has found that samples do not see each other."""
 
     def __post_init__(self) -> None:
         part = self.partition

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from graphrewrite._compat import compile_guards
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Target, UserInput, fixed, info, value
+from graphrewrite.graph.nodes import Target, UserInput, fixed, info, is_backward, value
+from graphrewrite.graph.ops import reads_strides
 from graphrewrite.inputs import Inputs
 
 
@@ -49,7 +50,15 @@ def _leaf_key(leaf: Any, static: bool) -> Any:
     shape = leaf.shape
     # sizes 0 and 1 broadcast and vanish: graphs are specialised on them, so they are part of the signature
     pattern = tuple(shape) if static else tuple([s if s < 2 else -1 for s in shape])
-    return (leaf.dtype, leaf.device, leaf.requires_grad, pattern, leaf.is_contiguous())
+    return (leaf.dtype, leaf.device, leaf.requires_grad, pattern, leaf.is_contiguous() or _order(leaf))
+
+
+def _order(leaf: torch.Tensor) -> Any:
+    """The dimensions by the steps they take in memory (channels-last, transposed); gaps between them do not matter."""
+    if leaf.layout is not torch.strided:
+        return leaf.layout
+    strides = leaf.stride()
+    return tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
 
 
 def _autocast_key() -> tuple[Any, ...]:
@@ -133,9 +142,11 @@ def make_guards(graph: JointGraph) -> tuple[list[str], Guards]:
     shape_env = graph.fake_mode.shape_env
     names = [_path(n) for n in fed]
     text: list[str] = []
+    # views that name steps in memory are right for one layout only
+    strided = reads_strides(n for n in graph.nodes if not is_backward(n))
     symbolic: Callable[[Sequence[torch.Tensor]], bool] = lambda _tensors: True  # noqa: E731
     if shape_env is not None and fed:
-        code, symbolic = compile_guards(shape_env, [value(n) for n in fed], names)
+        code, symbolic = compile_guards(shape_env, [value(n) for n in fed], names, strides=strided)
         text += [code] if code else []
     where = [(isinstance(info(n).spec, Target), info(n).spec.index) for n in fed]  # type: ignore[union-attr]
     static = [
@@ -145,10 +156,21 @@ def make_guards(graph: JointGraph) -> tuple[list[str], Guards]:
         if (known := fixed(size)) is not None
     ]
     text += [f"{names[number]}.shape[{dim}] == {size}" for number, dim, size in static]
+    steps = [
+        (number, dim, known)
+        for number, n in enumerate(fed)
+        for dim, step in enumerate(value(n).stride())
+        if strided and (known := fixed(step)) is not None
+    ]
+    text += [f"{names[number]}.stride({dim}) == {step}" for number, dim, step in steps]
 
     def holds(leaves: Sequence[Any], targets: Sequence[Any]) -> bool:
         tensors = [(targets if is_target else leaves)[index] for is_target, index in where]
-        return all(tensors[number].shape[dim] == size for number, dim, size in static) and symbolic(tensors)
+        return (
+            all(tensors[number].shape[dim] == size for number, dim, size in static)
+            and all(tensors[number].stride(dim) == step for number, dim, step in steps)
+            and symbolic(tensors)
+        )
 
     return text, holds
 

@@ -48,14 +48,15 @@ class RuleState(nn.Module):
         tensor = tensor.to(init.device)
         owner: nn.Module = self
         *path, leaf = name.split(".")
+        # not by add_module and register_buffer: these refuse `a.1` beside `a.1.0`, and blocks may be named so
         for part in path:
             if part not in owner._modules:
-                owner.add_module(part, RuleState(self.training))
+                owner._modules[part] = RuleState(self.training)
             owner = owner._modules[part]  # type: ignore[assignment]
         if init.trainable:
-            owner.register_parameter(leaf, nn.Parameter(tensor))
+            owner._parameters[leaf] = nn.Parameter(tensor)
         else:
-            owner.register_buffer(leaf, tensor)
+            owner._buffers[leaf] = tensor
 
     def find(self, name: str) -> torch.Tensor | None:
         """The state of that name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -38,52 +39,78 @@ def zo_step(compiled: CompiledModule, x: Any, y: Any, lr: float, weight_decay: f
     """See `CompiledModule.zo_step`."""
     inputs, targets = as_inputs(x), as_targets(y)
     with torch.enable_grad():
-        program, _ = compiled._program("loss", inputs, targets)
+        program, _ = compiled.program_for("loss", inputs, targets)
     rule = _rule_of(compiled, program)
     specs = [spec for spec in program.operator.inputs if isinstance(spec, Param) and spec in program.differentiable]
     parameters = dict(compiled.module.named_parameters())
     weights = [parameters[spec.name] for spec in specs]
     _warn_about_halves(compiled, weights)
+    ranks = 1 if rule.shared else _world()
     walk = _Walk(weights, rule.streams([str(spec) for spec in specs]), _counter(compiled, rule), rule)
 
     def loss() -> torch.Tensor:
         found = compiled.task_loss(compiled.module(*inputs.args, **inputs.kwargs), targets).detach()
-        return _mean_over_ranks(found)
+        return _mean_over_ranks(found) if rule.shared else found
 
     with torch.no_grad(), _alike(compiled.module) as again:
-        slopes, seen = _slopes(walk, rule, again(loss))
+        slopes, seen = _slopes(walk, rule, again(loss), ranks)
         for weight in weights:
             if weight_decay and weight.dim() > 1:
                 weight.mul_(1 - lr * weight_decay)
-        for number, slope in enumerate(slopes):
-            walk.move(number, -lr * slope / len(slopes))
+        for (rank, number), slope in _exchanged(compiled, slopes, ranks).items():
+            walk.move(rank, number, -lr * slope / (rule.count * ranks))
     compiled._step += 1
     mean = torch.stack(seen).mean()
+    if not rule.shared:
+        mean = _mean_over_ranks(mean)
     compiled.losses = {"task": mean}
     return mean
 
 
-def _slopes(walk: _Walk, rule: Directions, loss: Callable[[], torch.Tensor]) -> tuple[list[float], list[torch.Tensor]]:
-    """The difference of losses along each direction, and all losses; the weights end up where they were."""
+def _slopes(
+    walk: _Walk, rule: Directions, loss: Callable[[], torch.Tensor], ranks: int
+) -> tuple[list[float], list[torch.Tensor]]:
+    """The difference of losses along each of this rank's directions, and all losses; the weights end up as they were.
+
+    Moving to and fro rounds. So that the weights stay equal on all ranks, bit by bit, each makes the moves of all.
+    """
     eps, slopes, seen = rule.scale, [], []
     base = loss() if rule.kind == "forward" else None
     if base is not None:
         seen.append(base)
-    for number in range(rule.count):
-        walk.move(number, eps)
-        above = loss()
+    own = _rank() if ranks > 1 else 0
+    for rank, number in itertools.product(range(ranks), range(rule.count)):
+        mine = rank == own
+        walk.move(rank, number, eps)
+        above = loss() if mine else None
+        below = None
         if rule.kind == "central":
-            walk.move(number, -2 * eps)
-            below = loss()
-            walk.move(number, eps)
-            slope = (above.double() - below.double()) / (2 * eps)
-            seen += [above, below]
-        else:
-            walk.move(number, -eps)
-            slope = (above.double() - (0.0 if base is None else base.double())) / eps
-            seen.append(above)
+            walk.move(rank, number, -2 * eps)
+            below = loss() if mine else None
+        walk.move(rank, number, eps if rule.kind == "central" else -eps)
+        if above is None:
+            continue
+        other = below if below is not None else base
+        seen += [above] if below is None else [above, below]
+        slope = (above.double() - (0.0 if other is None else other.double())) / (eps if below is None else 2 * eps)
         slopes.append(slope.item())
     return slopes, seen
+
+
+def _exchanged(compiled: CompiledModule, slopes: Sequence[float], ranks: int) -> dict[tuple[int, int], float]:
+    """The differences of all ranks, by rank and number of the direction: all that ranks need of each other."""
+    if ranks == 1:
+        return {(0, number): slope for number, slope in enumerate(slopes)}
+    everyone: list[Any] = [None] * ranks
+    mine = (compiled._options.seed, compiled._step)
+    torch.distributed.all_gather_object(everyone, (mine, list(slopes)))
+    if any(theirs != mine for theirs, _ in everyone):
+        raise RuleError(
+            f"zo_step moves all ranks along the directions of all, but they draw from different (seed, step): "
+            f"{', '.join(str(theirs) for theirs, _ in everyone)}",
+            remedy="compile with the same seed on all ranks, and load the same state",
+        )
+    return {(rank, number): slope for rank, (_, own) in enumerate(everyone) for number, slope in enumerate(own)}
 
 
 class _Walk:
@@ -96,13 +123,14 @@ class _Walk:
         self._counter = counter
         self._distribution = rule.distribution
 
-    def move(self, number: int, by: float) -> None:
-        """Add `by` times direction `number`."""
+    def move(self, rank: int, number: int, by: float) -> None:
+        """Add `by` times direction `number` of a rank (counted from this process's, if directions are shared)."""
+        counter = self._counter + torch.tensor([0, 0, rank], device=self._counter.device)
         for weight, stream in self._weights:
             # a weight whose elements do not lie one after the other has no flat view: its numbers are dealt by index
             flat = weight.data.view(-1) if weight.is_contiguous() else None
             count = weight.numel()
-            pieces = random.in_chunks(self._counter, stream, count, number, self._distribution)
+            pieces = random.in_chunks(counter, stream, count, number, self._distribution)
             if flat is None:
                 whole = torch.cat([numbers for _, numbers in pieces]).to(weight.dtype)
                 weight.data.add_(whole.reshape(weight.shape), alpha=by)
@@ -158,7 +186,7 @@ def _rule_of(compiled: CompiledModule, program: Program) -> Directions:
 
 
 def _counter(compiled: CompiledModule, rule: Directions) -> torch.Tensor:
-    """All ranks hold the same weights, so they must move along the same directions."""
+    """The random counter that directions count ranks from: 0 if this process draws for all, or for itself alone."""
     counter = compiled._counter()
     if rule.shared or _world() > 1:
         counter[2] = 0
@@ -168,6 +196,10 @@ def _counter(compiled: CompiledModule, rule: Directions) -> torch.Tensor:
 def _world() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank()
 
 
 def _mean_over_ranks(loss: torch.Tensor) -> torch.Tensor:

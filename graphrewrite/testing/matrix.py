@@ -1,12 +1,15 @@
-"""Rules times models: whether a rule trains a model of the zoo, and what it says if it refuses."""
+"""Rule x model x codec x split x backend: whether a combination trains, and what it says if it refuses."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from graphrewrite import api
-from graphrewrite.errors import RuleError
+from graphrewrite.errors import BackendError, RuleError
+from graphrewrite.runtime.module import CompiledModule
 from graphrewrite.testing import zoo
 
 TRAINS = "trains"
@@ -16,33 +19,53 @@ STILL = {(rule, "vit"): {"vit.embeddings.cls_token"} for rule in ("pepita", "fot
 """What cannot learn: a token in front of the model that is the same in both passes, whatever the input."""
 
 
-def outcome(rule: str, model: str) -> str:
+def outcome(rule: str, model: str, **options: Any) -> str:
     """Train a model of the zoo for two steps, at the captured batch size and at another one.
 
     Args:
         rule: Name or text form.
         model: Name in the zoo.
+        options: For `compile`.
 
     Returns:
-        `"trains"`, or the message of the `RuleError` with which the rule refuses the model.
+        `"trains"`, or the message with which the rule, codec or backend refuses the model.
+    """
+    try:
+        train(rule, model, **options)
+    except (RuleError, BackendError) as error:
+        return error.message
+    return TRAINS
+
+
+def train(rule: str, model: str, **options: Any) -> CompiledModule:
+    """Two training steps of a combination; `options` are those of `compile`.
+
+    Returns:
+        What was compiled, after the steps, in evaluation mode.
 
     Raises:
-        AssertionError: A loss, gradient or prediction is not finite, or a weight never moves.
+        RuleError: The rule or the codec refuses the model, when it is captured. Later it would be a fault.
+        BackendError: The backend refuses the graph, when it is captured.
+        AssertionError: A loss, gradient or prediction is not finite, a weight never moves, or a step is refused after
+            the capture was not.
     """
     case = zoo.make(model)
-    compiled = api.compile(case.model, rule, loss=case.loss)
+    compiled = api.compile(case.model, rule, loss=case.loss, **options)
     first, second, _ = case.sizes
-    try:
-        compiled.materialize(*case.batch(first))
-    except RuleError as error:
-        return error.message
+    compiled.materialize(*case.batch(first))
     before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
     optimizer = torch.optim.SGD(compiled.parameters(), lr=1e-3)
+    x: Any = None
     for size in (first, first if rule.partition("{")[0] in ONE_SIZE else second):
         x, y = case.batch(size)
         optimizer.zero_grad()
-        loss = compiled.loss(x, y)
-        loss.backward()
+        try:
+            loss = compiled.loss(x, y)
+            loss.backward()
+            if options.get("split_backward"):
+                compiled.backward_weight()
+        except (RuleError, BackendError) as error:
+            raise AssertionError(f"{rule} on {model} refuses at a step of size {size}: {error}") from error
         assert torch.isfinite(loss), f"the loss of {rule} on {model} is {loss.item()}"
         gradients = {name: p.grad for name, p in case.model.named_parameters() if p.grad is not None}
         bad = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
@@ -56,4 +79,4 @@ def outcome(rule: str, model: str) -> str:
     predicted = compiled.eval().predict(x)
     found = all(torch.isfinite(t).all() for t in tree_leaves(predicted) if torch.is_tensor(t))
     assert found, f"{rule} predicts what is not finite on {model}"
-    return TRAINS
+    return compiled

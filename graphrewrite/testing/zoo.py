@@ -92,6 +92,28 @@ def mlp() -> Case:
     return Case("mlp", model, lambda n: (torch.randn(n, 12), _labels(n)))
 
 
+class _LeNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5, padding=2)
+        self.conv2 = nn.Conv2d(6, 8, 3)
+        self.fc1 = nn.Linear(8, 16)
+        self.fc2 = nn.Linear(16, 12)
+        self.fc3 = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.avg_pool2d(torch.tanh(self.conv1(x)), 2)
+        x = F.avg_pool2d(torch.tanh(self.conv2(x)), 2)
+        x = torch.tanh(self.fc1(torch.flatten(x, 1)))
+        return self.fc3(torch.tanh(self.fc2(x)))  # type: ignore[no-any-return]
+
+
+@_entry
+def lenet() -> Case:
+    """LeNet-5, small: two convolutions with tanh and average pooling, three linear layers."""
+    return Case("lenet", _LeNet(), lambda n: (torch.randn(n, 1, 8, 8), _labels(n)))
+
+
 class _ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -367,6 +389,20 @@ def hf_resnet() -> Case:
     )
     return Case(
         "hf_resnet", ResNetForImageClassification(config).train(), lambda n: (torch.randn(n, 3, 16, 16), _labels(n))
+    )
+
+
+@_entry
+def convnext() -> Case:
+    """`transformers` ConvNeXt for image classification, its branches not scaled down to 1e-6 at the start."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(
+        num_channels=3, patch_size=2, num_stages=2, hidden_sizes=[8, 12], depths=[1, 2], num_labels=5,
+        layer_scale_init_value=0.5,
+    )  # fmt: skip
+    return Case(
+        "convnext", ConvNextForImageClassification(config).train(), lambda n: (torch.randn(n, 3, 8, 8), _labels(n))
     )
 
 

@@ -12,6 +12,7 @@ REGISTRY = {
     "int2": "graphrewrite.passes.compression.int2:Int2",
     "int4": "graphrewrite.passes.compression.int4:Int4",
     "int8": "graphrewrite.passes.compression.int8:Int8",
+    "lloyd": "graphrewrite.passes.compression.lloyd:Lloyd",
     "lowrank": "graphrewrite.passes.compression.lowrank:LowRank",
     "mask": "graphrewrite.passes.compression.mask:Mask",
     "ms_norm": "graphrewrite.passes.compression.ms_norm:MemorySharingNorm",
@@ -21,3 +22,13 @@ REGISTRY = {
     "topk": "graphrewrite.passes.compression.topk:TopK",
     "velora": "graphrewrite.passes.compression.velora:VeLoRA",
 }
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "compact": ("ms_norm", "mask", "recompute", "int8"),
+}
+"""Names for lists that `compile(compress=)` takes as if the list had been written in their place.
+
+compact: no matrix product, convolution or attention runs twice. Norms share what they keep with the linear layers
+    behind them, masks are bits, cheap operators are repeated where that leaves less to save, the rest is 8-bit
+    integers.
+"""

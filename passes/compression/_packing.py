@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from graphrewrite._compat import statically_known_true
+
 
 def packed_size(count: Any, bits: int) -> Any:
     """Bytes that `count` codes of `bits` bits take."""
@@ -87,12 +89,12 @@ def lengthened(rows: torch.Tensor, size: Any) -> torch.Tensor:
 
 
 def pad_end(flat: torch.Tensor, multiple: int) -> torch.Tensor:
-    """One-dimensional, lengthened by copies of its last element to a multiple of a number."""
+    """One-dimensional, lengthened by copies of its last element to a multiple of a number; see `lengthened`."""
     count = flat.shape[0]
-    pad = (count + multiple - 1) // multiple * multiple - count
-    if isinstance(pad, int) and pad == 0:
+    size: Any = (count + multiple - 1) // multiple * multiple
+    if statically_known_true(size == count):
         return flat
-    return torch.cat([flat, flat[-1:].expand(pad)])
+    return torch.slice_scatter(flat.narrow(0, count - 1, 1).expand(size), flat, 0, 0, count)
 
 
 def to_groups(tensor: torch.Tensor, group: int) -> torch.Tensor:

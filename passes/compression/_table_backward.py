@@ -104,16 +104,27 @@ def use_table(graph: JointGraph, region: Region, table: Table) -> None:
     """Let the derivative of a scalar function be a table's: packed codes are all that is kept."""
     like = info(region.result).but(mirrors=None)
     argument = value(region.argument)
-    bits = table.bits
-    packed: fx.Node = graph.splice(lambda x: pack(encode(table, x), bits), [region.argument], like=like, whole=False)
+    code, look_up = graph.context.form(coded), graph.context.form(looked_up)
+    packed: fx.Node = graph.splice(lambda x: code(x, table), [region.argument], like=like, whole=False)
     levels = _levels(graph, table, argument)
 
     def bwd(residuals: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> torch.Tensor:
         stored, held = residuals
-        codes = unpack(stored, bits, cotangent.numel()).to(torch.int32)
-        return cotangent * held.index_select(0, codes).view(cotangent.shape)
+        found: torch.Tensor = look_up(cotangent, stored, held, table.bits)
+        return found
 
     graph.replace_vjp(region.result, bwd, residuals=[packed, levels], inputs=[region.argument])
+
+
+def coded(x: torch.Tensor, table: Table) -> torch.Tensor:
+    """The codes of all elements, packed."""
+    return pack(encode(table, x), table.bits)
+
+
+def looked_up(cotangent: torch.Tensor, stored: torch.Tensor, levels: torch.Tensor, bits: int) -> torch.Tensor:
+    """The cotangent times the levels of packed codes."""
+    codes = unpack(stored, bits, cotangent.numel()).to(torch.int32)
+    return cotangent * levels.index_select(0, codes).view(cotangent.shape)
 
 
 def encode(table: Table, x: torch.Tensor) -> torch.Tensor:

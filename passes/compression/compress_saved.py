@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from graphrewrite.passes.compression import PRESETS
 from torch import fx
 
 from graphrewrite import textform
@@ -270,7 +271,7 @@ def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass]
     entries = []
     for glob, held in given.items():
         codecs = []
-        for one in held if isinstance(held, (list, tuple)) else [held]:
+        for one in _spelled_out(held):
             built = textform.build("codec", one)
             if isinstance(built, Pass):
                 passes.append(_restricted(built, glob, tuple(given)[: list(given).index(glob)]))
@@ -279,6 +280,12 @@ def split_compress(compress: Any, memory_budget: Any = None) -> tuple[list[Pass]
         if codecs:
             entries.append((glob, tuple(codecs)))
     return passes, CompressSaved(tuple(entries)) if entries else None
+
+
+def _spelled_out(held: Any) -> list[Any]:
+    """What is given for one glob as a list, with the presets in it written out."""
+    named = list(held) if isinstance(held, (list, tuple)) else [held]
+    return [one for name in named for one in (PRESETS.get(name, (name,)) if isinstance(name, str) else (name,))]
 
 
 def _restricted(one: Pass, glob: str, earlier: tuple[str, ...]) -> Pass:

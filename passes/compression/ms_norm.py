@@ -142,6 +142,7 @@ class MemorySharingNorm(ApproximateBackward):
         else:
             order = graph.table.rows(norm.result)[0].wrt
         weight, bias, centred, x = norm.weight, norm.bias, norm.centred, norm.x
+        pull = graph.context.form(pulled_back)
 
         def unpack(given: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:
             held = iter(given)
@@ -157,10 +158,7 @@ class MemorySharingNorm(ApproximateBackward):
             for position in order:
                 source = sources[position]
                 if source is x:
-                    centre = q - z * (q * z).mean(-1, keepdim=True)
-                    if centred:
-                        centre = centre - q.mean(-1, keepdim=True)
-                    made.append((over * centre).to(cotangent.dtype))
+                    made.append(pull(q, z, over, centred).to(cotangent.dtype))
                 else:
                     total = as_rows(g * z if source is weight else g).sum(0)
                     made.append(total.to(value(source).dtype))
@@ -175,6 +173,14 @@ class MemorySharingNorm(ApproximateBackward):
             row = linear.row(graph)
             assert row is not None
             graph.replace_vjp(linear.op, _folded(linear, row, unpack), residuals=[scaled, *present], part="w")
+
+
+def pulled_back(q: torch.Tensor, z: torch.Tensor, over: torch.Tensor, centred: bool) -> torch.Tensor:
+    """The cotangent of x from that of z."""
+    centre = q - z * (q * z).mean(-1, keepdim=True)
+    if centred:
+        centre = centre - q.mean(-1, keepdim=True)
+    return over * centre
 
 
 def _folded(
@@ -215,26 +221,26 @@ def _work(dtype: torch.dtype) -> torch.dtype:
 def _normalised(graph: JointGraph, norm: Norm) -> tuple[fx.Node, fx.Node]:
     """The normalised z and 1/σ, computed in the forward; z is y where there is no affine part."""
     eps, centred = norm.eps, norm.centred
-    width = int(value(norm.x).shape[-1])
-    inputs = [norm.x, norm.weight, norm.bias]
-
-    def measure(
-        x: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        work = _work(x.dtype)
-        if centred and work == x.dtype:
-            # the same call as the forward's, with which it is merged
-            _, mean, over = torch.native_layer_norm(x, [width], gamma, beta, eps)
-            return (x - mean) * over, over
-        wide = x.to(work)
-        if centred:
-            wide = wide - wide.mean(-1, keepdim=True)
-        over = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
-        return (wide * over).to(x.dtype), over
-
+    inputs, measure = [norm.x, norm.weight, norm.bias], graph.context.form(measured)
     like = info(norm.result).but(mirrors=None)
-    scaled, inverse = graph.splice(measure, inputs, like=like, whole=False)
+    scaled, inverse = graph.splice(lambda *given: measure(*given, eps, centred), inputs, like=like, whole=False)
     return (norm.result if norm.weight is None and norm.bias is None else scaled), inverse
+
+
+def measured(
+    x: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None, eps: float, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised z and 1/σ over the last dimension."""
+    work = _work(x.dtype)
+    if centred and work == x.dtype:
+        # the same call as the forward's, with which it is merged
+        _, mean, over = torch.native_layer_norm(x, [int(x.shape[-1])], gamma, beta, eps)
+        return (x - mean) * over, over
+    wide = x.to(work)
+    if centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    over = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    return (wide * over).to(x.dtype), over
 
 
 def _written_out(graph: JointGraph, node: fx.Node) -> Norm | None:

@@ -65,7 +65,8 @@ class RandomizedLinear(ApproximateBackward):
 
     def _replace(self, graph: JointGraph, linears: list[Linear]) -> None:
         counter, stream = graph.counter(), graph.stream()
-        sketch, part = SKETCHES[self.sketch], Fraction(self.rate).limit_denominator(10_000)
+        sketch = graph.context.form(SKETCHES[self.sketch])
+        part = Fraction(self.rate).limit_denominator(10_000)
 
         def height(count: Any) -> Any:
             return (count * part.numerator + part.denominator - 1) // part.denominator
@@ -74,7 +75,8 @@ class RandomizedLinear(ApproximateBackward):
             rows = as_rows(tensor)
             if rows.shape[0] == 0:
                 return rows
-            return sketch(number, stream, rows, height(rows.shape[0]))
+            drawn: torch.Tensor = sketch(number, stream, rows, height(rows.shape[0]))
+            return drawn
 
         first = linears[0]
         like = info(first.op).but(mirrors=None)

@@ -16,6 +16,7 @@ from graphrewrite.passes.rules._boundary import is_map, names_of
 from graphrewrite.passes.rules._residual import sublayer_points
 from torch import fx
 
+from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import fix, hint, info, is_backward, value
@@ -35,6 +36,20 @@ def fill_feedback(distribution: str, bound: float) -> Fill:
     if distribution == "normal":
         return lambda tensor, generator: tensor.normal_(0.0, bound / math.sqrt(3.0), generator=generator)
     raise RuleError(f"distribution={distribution!r} is unknown", remedy="use 'uniform' or 'normal'")
+
+
+def random_product(
+    x: torch.Tensor, counter: torch.Tensor, stream: int, features: int, distribution: str, bound: float
+) -> torch.Tensor:
+    """`x @ B` for feedback weights B that are drawn for this product: the same at every step, on every rank."""
+    number = torch.stack([counter[0], counter[0] * 0, counter[0] * 0])
+    size, work = [x.shape[-1], features], torch.promote_types(x.dtype, torch.float32)
+    if distribution == "uniform":
+        drawn = (2 * random.uniform(number, stream, size, work) - 1) * bound
+    else:
+        drawn = random.normal(number, stream, size, work) * (bound / math.sqrt(3.0))
+    found: torch.Tensor = x @ drawn.to(x.dtype)
+    return found
 
 
 def output_errors(graph: JointGraph) -> list[tuple[fx.Node, fx.Node]]:
@@ -104,11 +119,13 @@ class Projection:
 
     def __call__(self, error: torch.Tensor, weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The signal: `error @ weight`, weight of shape (classes, features), in the shape and dtype of `like`."""
+        return self.spread(self.gathered(error).to(weight.dtype) @ weight, like)
+
+    def gathered(self, error: torch.Tensor) -> torch.Tensor:
+        """The error of each position that the boundary has, (batch dims, classes)."""
         extra = tuple(range(self.batch, error.dim() - 1))
-        if extra:
-            # positions that the boundary does not have (a mask per pixel, a token per sequence) add up
-            error = error.sum(extra)
-        return self.spread(error.to(weight.dtype) @ weight, like)
+        # positions that the boundary does not have (a mask per pixel, a token per sequence) add up
+        return error.sum(extra) if extra else error
 
     def lookup(self, classes: torch.Tensor, weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The signal of an error that is one-hot: rows of `weight`; negative classes (ignored targets) give zero."""
@@ -199,15 +216,20 @@ class ProjectedSignal(Rule):
         self._warn_about_narrow(graph, planned)
         with graph.deferred():
             for one in planned:
-                weight = graph.add_state(
-                    self.state_name(f"feedback.{one.name}"),
-                    (one.projection.classes, widths[one.name]),
-                    fill_feedback(self.distribution, self.scale / math.sqrt(widths[one.name])),
-                    dtype=value(one.source).dtype,
-                )
+                weight = self.feedback(graph, one, widths[one.name])
                 signal, inputs = self.signal(graph, one)
                 graph.redirect(one.boundary, signal, [weight, one.boundary, *inputs], consumers=one.consumers)
         return PassResult(graph, bool(planned))
+
+    def feedback(self, graph: JointGraph, one: Injection, width: int) -> fx.Node:
+        """What `signal` reads as the weight: state of the rule."""
+        node: fx.Node = graph.add_state(
+            self.state_name(f"feedback.{one.name}"),
+            (one.projection.classes, width),
+            fill_feedback(self.distribution, self.scale / math.sqrt(width)),
+            dtype=value(one.source).dtype,
+        )
+        return node
 
     def _plan(self, graph: JointGraph) -> list[Injection]:
         sources = self.sources(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,7 @@ class Contrast:
             softplus(-alpha (g+ - g-)), without a threshold.
         alpha: See `loss`.
         per_unit: False: theta of the sum is `threshold` itself.
+        negatives: Negative samples per sample.
     """
 
     goodness: str
@@ -37,16 +39,21 @@ class Contrast:
     loss: str
     alpha: float
     per_unit: bool = True
+    negatives: int = 1
 
-    def score(self, *outputs: torch.Tensor) -> torch.Tensor:
-        """Goodness minus theta of the samples of one or several passes, (samples,)."""
-        return torch.cat([self._score(h) for h in outputs]) if len(outputs) > 1 else self._score(outputs[0])
+    def scorer(self, graph: JointGraph) -> Callable[..., torch.Tensor]:
+        """Goodness minus theta of the samples of one or several passes, (samples,), in the form for a graph."""
+        goodness = graph.context.form(mean_square if self.goodness == "mean" else sum_of_squares)
 
-    def _score(self, h: torch.Tensor) -> torch.Tensor:
-        squares = h.flatten(1).square()
-        if self.goodness == "mean":
-            return squares.mean(1) - self.threshold
-        return squares.sum(1) - self.threshold * (squares.shape[1] if self.per_unit else 1)
+        def score(*outputs: torch.Tensor) -> torch.Tensor:
+            scores = [goodness(h) - self._theta(h) for h in outputs]
+            return torch.cat(scores) if len(scores) > 1 else scores[0]
+
+        return score
+
+    def _theta(self, h: torch.Tensor) -> Any:
+        per_unit = self.per_unit and self.goodness != "mean"
+        return self.threshold * (math.prod(h.shape[1:]) if per_unit else 1)
 
     def __call__(self, positive: torch.Tensor, negative: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """The loss of one output.
@@ -56,12 +63,27 @@ class Contrast:
             negative: Scores of the negative ones, (negatives * batch,), one negative of each sample after the other.
             counted: Which samples count, (batch,).
         """
-        negative = negative.reshape(-1, positive.shape[0])
+        negative = negative.reshape(self.negatives, -1)
         if self.loss == "symba":
             values = F.softplus(-self.alpha * (positive - negative)).mean(0)
         else:
             values = 0.5 * (F.softplus(-positive) + F.softplus(negative).mean(0))
         return masked_mean(values, counted)
+
+
+def in_single(h: torch.Tensor) -> torch.Tensor:
+    """Half-precision values in float32: sums over them, and what learns from the sums, need the digits."""
+    return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
+
+
+def sum_of_squares(h: torch.Tensor) -> torch.Tensor:
+    """Of each sample."""
+    return in_single(h.flatten(1)).square().sum(1)
+
+
+def mean_square(h: torch.Tensor) -> torch.Tensor:
+    """Of each sample."""
+    return in_single(h.flatten(1)).square().mean(1)
 
 
 def masked_mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -124,7 +146,7 @@ class Peer:
 
     def activity(self, mean: torch.Tensor, h: torch.Tensor, axis: int) -> torch.Tensor:
         """The running mean after a batch."""
-        batch = h.mean(dim=tuple(d for d in range(h.dim()) if d != axis))
+        batch = h.to(mean.dtype).mean(dim=tuple(d for d in range(h.dim()) if d != axis))
         return self.momentum * mean + (1 - self.momentum) * batch
 
     def loss(self, mean: torch.Tensor, h: torch.Tensor, axis: int) -> torch.Tensor:
@@ -135,8 +157,8 @@ class Peer:
     def state(self, graph: JointGraph, name: str, boundary: fx.Node, h: fx.Node) -> fx.Node:
         """The running mean of a boundary, 0.5 at first, updated by its positive pass."""
         axis = feature_axis(boundary)
-        size, dtype = fix(value(boundary).shape[axis]), value(boundary).dtype
-        node = graph.add_state(name, (size,), lambda tensor, _generator: tensor.fill_(0.5), dtype=dtype)
+        size = fix(value(boundary).shape[axis])
+        node = graph.add_state(name, (size,), lambda tensor, _generator: tensor.fill_(0.5))
         graph.update_state(name, lambda mean, h: self.activity(mean, h, axis), [h])
         return node
 
@@ -171,13 +193,13 @@ def teach_goodness(
     With collaboration, the goodness of the other outputs is added to each one's own, as a constant: it tells how
     well the rest of the network does on the sample already.
     """
-    scores = []
+    scores, score = [], contrast.scorer(graph)
     for one in outputs:
         like = NodeInfo(role=Role.LOSS, block=info(one.boundary).block, module=info(one.boundary).block)
         scores.append(
             (
-                graph.splice(contrast.score, [one.positive], like=like),
-                graph.splice(contrast.score, one.negative, like=like),
+                graph.splice(score, [one.positive], like=like),
+                graph.splice(score, one.negative, like=like),
             )
         )
     names = names_of([one.boundary for one in outputs])

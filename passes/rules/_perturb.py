@@ -14,6 +14,7 @@ from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
+    REPLAY,
     NodeInfo,
     Param,
     Role,
@@ -62,8 +63,8 @@ class Noise:
         """In the shape and dtype of a tensor, whose values are not read."""
         if not self.per_rank:
             counter = same_on_all_ranks(counter)
-        draw = random.normal if self.distribution == "normal" else random.signs
-        return draw(counter, self.stream, tensor.shape, tensor.dtype)
+        kind = "normal" if self.distribution == "normal" else "sign"
+        return random.direction(counter, self.stream, tensor.shape, None, kind, tensor.dtype)
 
 
 def trained_leaves(graph: JointGraph) -> list[fx.Node]:
@@ -95,6 +96,15 @@ def perturbed_values(graph: JointGraph) -> list[fx.Node]:
     if not found:
         raise RuleError("no operator of these blocks reads a parameter: there is nothing to perturb")
     return found
+
+
+def replayed(graph: JointGraph) -> None:
+    """Let the backward run the forward of the rule's blocks again, noise and all, instead of saving their inputs."""
+    own = {block.name for block in graph.rule_blocks()}
+    for node in graph.forward_nodes():
+        held = info(node)
+        if held.block in own and held.role is Role.FORWARD and not held.region:
+            node.meta["gr"] = held.but(region=REPLAY)
 
 
 def readers(node: fx.Node) -> list[fx.Node]:

@@ -16,6 +16,7 @@ from graphrewrite.passes.rules._local import (
     hidden_blocks,
     label_input,
     refuse_blocks_before,
+    refuse_other_batches,
 )
 from torch import fx
 from torch.nn import functional as F
@@ -84,11 +85,12 @@ class CounterCurrent(Rule):
         """One class per sample, and hidden blocks that have outputs."""
         known("normalise", self.normalise, ("auto", "always", "never"))
         known("activation", self.activation, ("elu", "relu", "tanh", "gelu", "identity"))
-        label_input(graph)
+        y = label_input(graph)
         class_count(graph, self.num_classes)
         hidden = hidden_blocks(graph)
         refuse_blocks_before(graph, hidden, self.name)
         refuse_silent_blocks(graph, [b.name for b in hidden])
+        refuse_other_batches([n for b in hidden for n in graph.boundaries(b.name)], y)
 
     def run(self, graph: JointGraph) -> PassResult:
         """Cut, build the label network from the top down, teach both where they meet."""
@@ -127,16 +129,14 @@ class CounterCurrent(Rule):
         act, shapes = _named(self.activation), [(width, _feature_count(level))]
         if chain is not None and (chain.shapes[-1][0], chain.shapes[0][1]) == shapes[0]:
             act, shapes = chain.activation or act, chain.shapes[::-1]
-        dtype = value(level).dtype
         weights = [
-            graph.add_state(
-                self.state_name(f"mirror.{number}.{i}"), (inputs, outputs), _fill(outputs), trainable=True, dtype=dtype
-            )
+            graph.add_state(self.state_name(f"mirror.{number}.{i}"), (inputs, outputs), _fill(outputs), trainable=True)
             for i, (outputs, inputs) in enumerate(shapes)
         ]
 
         def signals(*inputs: torch.Tensor) -> torch.Tensor:
-            b = torch.eye(classes, dtype=dtype, device=inputs[0].device) if above is None else inputs[-1].detach()
+            codes = torch.eye(classes, dtype=inputs[0].dtype, device=inputs[0].device)
+            b = codes if above is None else inputs[-1].detach()
             for weight in inputs[: len(weights)]:
                 b = act(F.linear(b, weight))
             return b
@@ -154,7 +154,7 @@ class CounterCurrent(Rule):
         def loss(y: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
             total = None
             for i, (axis, spatial) in enumerate(plans):
-                a, b = inputs[2 * i], inputs[2 * i + 1]
+                a, b = inputs[2 * i].to(inputs[2 * i + 1].dtype), inputs[2 * i + 1]
                 if a.dim() > 2:
                     a = a.mean(tuple(d for d in range(1, a.dim()) if d != axis))
                 unit = self.normalise == "always" or (self.normalise == "auto" and spatial)
@@ -207,6 +207,9 @@ def _chain(graph: JointGraph, block: str, level: fx.Node) -> _Chain | None:
         if info(node).block != block or info(node).role is not Role.FORWARD:
             continue
         inputs = flat_inputs(node)
+        if node.target is aten._to_copy.default:  # autocast's, of activations and of weights
+            current = node if current in inputs else current
+            continue
         if current not in inputs or not isinstance(value(node), torch.Tensor):
             return None
         if node.target is aten.linear.default and value(node).dim() == 2:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from graphrewrite.passes.rules._feedback import Injection, ProjectedSignal, output_errors
+from graphrewrite.passes.rules._feedback import (
+    Injection,
+    ProjectedSignal,
+    Projection,
+    fill_feedback,
+    output_errors,
+    random_product,
+)
 from torch import fx
 
+from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 
 
@@ -24,8 +33,14 @@ class DirectFeedbackAlignment(ProjectedSignal):
     An error that is not finite is projected like any other: NaN and infinity reach the gradients of every block, as
     they do under backpropagation, so that a `GradScaler` or a check on the gradients sees them.
 
-    Its options are those of `ProjectedSignal`.
+    Its other options are those of `ProjectedSignal`.
+
+    Args:
+        generated: Store no feedback weights: they are drawn from (seed, boundary) in every step, the same ones each
+            time. Backend `triton` draws them inside of the product: the matrix never exists in memory.
     """
+
+    generated: bool = False
 
     name = "dfa"
     summary = "direct feedback alignment: the output error through fixed random matrices"
@@ -36,11 +51,37 @@ class DirectFeedbackAlignment(ProjectedSignal):
         """The cotangents of the model's outputs."""
         return [error for _, error in output_errors(graph)]
 
+    def requires(self, graph: JointGraph) -> None:
+        """Two blocks at least, and options that go together."""
+        super().requires(graph)
+        fill_feedback(self.distribution, self.scale)
+        if self.generated and self.shared:
+            raise RuleError(
+                "feedback weights that are not stored need not be shared", remedy="drop shared or generated"
+            )
+
+    def feedback(self, graph: JointGraph, one: Injection, width: int) -> fx.Node:
+        """State of the rule, or the seed that it is drawn from."""
+        return graph.counter() if self.generated else super().feedback(graph, one, width)
+
     def signal(self, graph: JointGraph, one: Injection) -> tuple[Callable[..., torch.Tensor], list[fx.Node]]:
         """The error, projected."""
         projection = one.projection
+        if self.generated:
+            return self._drawn(graph, projection), [one.source]
 
         def project(weight: torch.Tensor, like: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
             return projection(error, weight[:, : projection.features], like)
 
         return project, [one.source]
+
+    def _drawn(self, graph: JointGraph, projection: Projection) -> Callable[..., torch.Tensor]:
+        product, stream = graph.context.form(random_product), graph.stream()
+        bound = self.scale / math.sqrt(projection.features)
+
+        def project(counter: torch.Tensor, like: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+            rows = projection.gathered(error)
+            made = product(rows, counter, stream, projection.features, self.distribution, bound)
+            return projection.spread(made, like)
+
+        return project

@@ -13,10 +13,12 @@ from graphrewrite.passes.rules._forward_forward import (
     Peer,
     Taught,
     known,
+    mean_square,
     pass_info,
     refuse_silent_blocks,
     run_passes,
     shares_batch,
+    sum_of_squares,
     teach_goodness,
 )
 from graphrewrite.passes.rules._labels import (
@@ -33,6 +35,7 @@ from graphrewrite.passes.rules._local import (
     hidden_blocks,
     label_input,
     refuse_blocks_before,
+    refuse_other_batches,
     rms_normalise,
 )
 from torch import fx
@@ -78,7 +81,10 @@ class ForwardForward(Rule):
             running mean activity on positives.
         peer_momentum: Momentum of m, which starts at 0.5.
         readout: `"last"`: the last block on the last hidden block; `"all"`: a linear head on the outputs of the hidden
-            blocks but the first; `"goodness"`: the class with the most goodness over the hidden blocks but the first.
+            blocks but the first, which are all kept until it has learned; `"goodness"`: the class with the most mean
+            goodness over the hidden blocks but the first; with collaboration, over all that learn together, summed as
+            in training. Collaborating blocks learn what their sum lacks, so alone the last one says little: read them
+            by their goodness.
         num_classes: Default: the last dimension of the model's first output.
     """
 
@@ -121,7 +127,7 @@ class ForwardForward(Rule):
         if not callable(self.negatives):
             known("negatives", self.negatives, ("random", "all", "hybrid"))
         x = float_input(graph)
-        label_input(graph)
+        refuse_other_batches([x], label_input(graph))
         classes = class_count(graph, self.num_classes)
         if classes < 2:
             raise RuleError(f"ff tells classes apart, the model has {classes}", remedy="give num_classes")
@@ -184,7 +190,13 @@ class ForwardForward(Rule):
                 graph,
                 [Taught(b, pos[b], tuple(copies[b] for copies in neg)) for b in raw],
                 counted,
-                Contrast(self.goodness, self.threshold, self.loss, self.alpha),
+                Contrast(
+                    self.goodness,
+                    self.threshold,
+                    self.loss,
+                    self.alpha,
+                    negatives=classes - 1 if self.negatives == "all" else 1,
+                ),
                 collaboration=self.collaboration,
                 peer=Peer(self.peer, self.peer_momentum) if self.peer else None,
                 state_name=self.state_name,
@@ -196,7 +208,7 @@ class ForwardForward(Rule):
         """Let the blocks behind each hidden boundary read it divided by its RMS; returns the boundaries."""
         raw = [boundary for block in hidden for boundary in graph.boundaries(block)]
         for boundary in raw:
-            graph.map_value(boundary, rms_normalise)
+            graph.map_value(boundary, graph.context.form(rms_normalise))
         return raw
 
     def _read_out(
@@ -318,7 +330,10 @@ class ForwardForward(Rule):
         if self.readout == "all":
             copies[first_output] = self._head(graph, [copies[boundary] for boundary in raw], classes, cut=False)
         elif self.readout == "goodness":
-            copies[first_output] = self._total_goodness(graph, passes, raw[1:] or raw, classes)
+            together = self.collaboration != "none"
+            scored = raw if together else raw[1:] or raw
+            kind = self.goodness if together else "mean"
+            copies[first_output] = self._total_goodness(graph, passes, scored, classes, kind)
         graph.set_outputs({spec: copies.get(node, node) for spec, node in graph.outputs.items()})
         graph.model_outputs = [copies.get(node, node) for node in graph.model_outputs]
         graph.sort()
@@ -333,18 +348,23 @@ class ForwardForward(Rule):
         raw = self._normalise(graph, hidden)
         passes = run_passes(graph, x, inputs, "read")
         return {
-            block: self._total_goodness(graph, passes, [n for n in raw if info(n).block == block], classes)
+            block: self._total_goodness(graph, passes, [n for n in raw if info(n).block == block], classes, "mean")
             for block in hidden
         }
 
     @staticmethod
     def _total_goodness(
-        graph: JointGraph, passes: Sequence[dict[fx.Node, fx.Node]], boundaries: Sequence[fx.Node], classes: int
+        graph: JointGraph,
+        passes: Sequence[dict[fx.Node, fx.Node]],
+        boundaries: Sequence[fx.Node],
+        classes: int,
+        kind: str,
     ) -> fx.Node:
-        """Mean squares of the hidden blocks but the first, (batch, classes)."""
+        """Sums or means of squares, summed over the boundaries, (batch, classes)."""
+        goodness_of = mean_square if kind == "mean" else sum_of_squares
 
         def total(*values: torch.Tensor) -> torch.Tensor:
-            goodness = torch.cat([v.flatten(1).square().mean(1) for v in values])
+            goodness = torch.cat([goodness_of(v) for v in values])
             return goodness.reshape(len(boundaries), classes, -1).sum(0).t()
 
         like = NodeInfo(role=Role.FORWARD, block=LOSS_BLOCK, module="goodness", copy="read")
@@ -360,11 +380,10 @@ class ForwardForward(Rule):
             (fix(classes), sum(widths)),
             lambda tensor, _generator: tensor.zero_(),
             trainable=True,
-            dtype=value(scored[0]).dtype,
         )
 
         def head(weight: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-            features = torch.cat([rms_normalise(v).flatten(1) for v in values], dim=1)
+            features = torch.cat([rms_normalise(v).flatten(1) for v in values], dim=1).to(weight.dtype)
             return F.linear(features, weight)
 
         like = NodeInfo(role=Role.FORWARD, block=LOSS_BLOCK, module="readout")

@@ -11,6 +11,7 @@ from graphrewrite.passes.rules._boundary import names_of
 from graphrewrite.passes.rules._forward_forward import (
     Contrast,
     Taught,
+    in_single,
     known,
     pass_info,
     refuse_silent_blocks,
@@ -147,13 +148,16 @@ class ForwardGNN(Rule):
             above = self._seen_above(graph, layers, copies, i) if self.top_down == "loss" else []
 
             def loss(y: torch.Tensor, h: torch.Tensor, *above: torch.Tensor) -> torch.Tensor:
-                logits = self._products(torch.stack([h, *above]).mean(0) if above else h, y.shape[0], classes)
+                scored = torch.stack([h, *(a.to(h.dtype) for a in above)]).mean(0) if above else h
+                logits = in_single(self._products(scored, y.shape[0], classes))
                 return F.cross_entropy(logits, y, ignore_index=NO_LABEL)
 
             graph.teach(info(layer).block, loss, [y, copies[layer], *above])
             if self.top_down != "none" and i > 0:  # nobody looks down on the first layer
                 self._stored(graph, layers, i)
-                graph.update_state(self._stored_name(layers, i), lambda _old, h: h.detach().clone(), [copies[layer]])
+                graph.update_state(
+                    self._stored_name(layers, i), lambda old, h: h.detach().to(old.dtype, copy=True), [copies[layer]]
+                )
 
     def _products(self, h: torch.Tensor, nodes: int, classes: int) -> torch.Tensor:
         return h[:nodes] @ h[nodes : nodes + classes].t() / self.temperature
@@ -168,7 +172,7 @@ class ForwardGNN(Rule):
 
         taught = [Taught(n, real(n, passes[0]), tuple(real(n, copies) for copies in passes[1:])) for n in layers]
         counted = graph.splice(lambda y: y >= 0, [y], like=pass_info(graph, "pos"))
-        contrast = Contrast("sum", self.threshold, "hinton", 0.0, per_unit=False)
+        contrast = Contrast("sum", self.threshold, "hinton", 0.0, per_unit=False, negatives=len(passes) - 1)
         teach_goodness(graph, taught, counted, contrast)
 
     # --- passes ----------------------------------------------------------------------------------------------------
@@ -186,11 +190,12 @@ class ForwardGNN(Rule):
                 self.state_name("virtual"),
                 (classes, fix(value(x).shape[1])),
                 lambda tensor, generator: tensor.normal_(generator=generator),
-                dtype=value(x).dtype,
             )
             inputs = {
                 x: graph.splice(
-                    lambda x, virtual: torch.cat([x, virtual, x.new_zeros(1, x.shape[1])]), [x, virtual], like=like
+                    lambda x, virtual: torch.cat([x, virtual.to(x.dtype), x.new_zeros(1, x.shape[1])]),
+                    [x, virtual],
+                    like=like,
                 ),
                 edges: graph.splice(lambda e, y: join(e, y, classes), [edges, y], like=like),
             }
@@ -215,8 +220,7 @@ class ForwardGNN(Rule):
         stored = self._stored(graph, layers, i + 1)
         shape = (fix(below.shape[1]), fix(value(layers[i + 1]).shape[1]))
         name = self.state_name(f"top_down.{names_of(layers)[i]}")
-        dtype = value(layers[i]).dtype
-        return [stored, graph.add_state(name, shape, lambda t, _g: t.zero_(), trainable=True, dtype=dtype)]
+        return [stored, graph.add_state(name, shape, lambda t, _g: t.zero_(), trainable=True)]
 
     def _seen_above(
         self, graph: JointGraph, layers: Sequence[fx.Node], copies: dict[fx.Node, fx.Node], i: int
@@ -233,9 +237,7 @@ class ForwardGNN(Rule):
         """A layer's output of the step before, virtual nodes and all; zero at first."""
         rows = fix(value(float_input(graph)).shape[0]) + class_count(graph, self.num_classes) + 1
         shape = (rows, fix(value(layers[i]).shape[1]))
-        return graph.add_state(
-            self._stored_name(layers, i), shape, lambda t, _g: t.zero_(), dtype=value(layers[i]).dtype
-        )
+        return graph.add_state(self._stored_name(layers, i), shape, lambda t, _g: t.zero_())
 
     def _labels(self, graph: JointGraph) -> fx.Node:
         nodes = fix(value(float_input(graph)).shape[0])
@@ -336,7 +338,7 @@ def _with_signal(h: torch.Tensor, *signal: torch.Tensor) -> torch.Tensor:
     if not signal:
         return h
     stored, weight = signal
-    return h + F.linear(F.normalize(stored, dim=1), weight)
+    return h + F.linear(F.normalize(stored, dim=1), weight).to(h.dtype)
 
 
 def _layers(graph: JointGraph) -> list[fx.Node]:

@@ -18,11 +18,13 @@ from graphrewrite.passes.rules._perturb import (
     noise_node,
     perturbed_values,
     readers,
+    replayed,
     size_of,
     spread,
     trained_leaves,
     where_samples_meet,
 )
+from graphrewrite.passes.rules._replay import refuse_empty_batch
 from graphrewrite.passes.rules._task import Task
 from torch import fx
 
@@ -48,8 +50,9 @@ class ForwardGradient(Rule):
     last block then has its exact gradient, and the heads learn from their own losses.
 
     The noise is computed again where it is needed, and no cotangent crosses an operator: perturbed weights leave
-    nothing to save between forward and backward, perturbed activities one input per perturbed operator. Blocks of
-    other rules in front of these get the cotangents as usual, in expectation.
+    nothing to save between forward and backward, perturbed activities one input per perturbed operator, or none with
+    `replay`, which runs the forward again in the backward; the gradients are the same, bit by bit. Blocks of other
+    rules in front of these get the cotangents as usual, in expectation.
 
     Dropout masks are constants to a derivative. Batch-norm lets samples depend on each other: then there is one
     derivative for the batch, see `per_sample`.
@@ -61,6 +64,8 @@ class ForwardGradient(Rule):
         per_sample: Activities: one directional derivative per sample instead of one for the batch. `"auto"`: where
             every operator is known to keep samples apart; `"always"`: at your word; `"never"`.
         per_rank: Whether the replicas of a model under DDP draw noise of their own.
+        replay: Activities: whether the backward runs the forward again instead of saving the operators' inputs. Dropout
+            masks stay saved.
         guess: `"random"`, or `"local"`, with perturbed weights.
         head: The head of the local losses, as in `local_loss`.
         separate: Local guesses: one directional derivative per block, each with a pass of its own, instead of one for
@@ -73,6 +78,7 @@ class ForwardGradient(Rule):
     distribution: Distribution = "normal"
     per_sample: PerSample = "auto"
     per_rank: bool = True
+    replay: bool = False
     guess: Literal["random", "local"] = "random"
     head: str | Head | type[Head] = "pred"
     separate: bool = False
@@ -113,11 +119,18 @@ class ForwardGradient(Rule):
             raise RuleError(
                 f"tangents={self.tangents} gives no direction to differentiate along", remedy="use 1 or more"
             )
+        if self.replay and self.perturb == "weights":
+            raise RuleError(
+                "perturbed weights leave nothing to save that could be computed again",
+                remedy="leave replay out, or use perturb=activities",
+            )
         if not graph.has_loss:
             raise RuleError(
                 f"{self.name} needs the targets in the graph",
                 remedy="train with compiled.loss(x, y), give example_targets",
             )
+        if self.perturb == "weights":
+            refuse_empty_batch(graph, self.name)
 
     def run(self, graph: JointGraph) -> PassResult:
         """Tangents, a forward-mode pass for each, and the gradients made of them."""
@@ -131,6 +144,8 @@ class ForwardGradient(Rule):
                 self._perturb_weights(graph)
             else:
                 self._perturb_activities(graph)
+        if self.replay:
+            replayed(graph)
         return PassResult(graph, True)
 
     # --- weights ---------------------------------------------------------------------------------------------------

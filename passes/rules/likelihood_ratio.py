@@ -9,7 +9,15 @@ from typing import Literal
 import torch
 from graphrewrite.passes.rules._feedback import hidden_boundaries
 from graphrewrite.passes.rules._forward_forward import known
-from graphrewrite.passes.rules._perturb import Noise, PerSample, perturbed_values, readers, spread, where_samples_meet
+from graphrewrite.passes.rules._perturb import (
+    Noise,
+    PerSample,
+    perturbed_values,
+    readers,
+    replayed,
+    spread,
+    where_samples_meet,
+)
 from graphrewrite.passes.rules._second_pass import same_draws
 from graphrewrite.passes.rules._task import Task
 from torch import fx
@@ -32,7 +40,8 @@ class LikelihoodRatio(Rule):
 
     Antithetic pairs are two forward passes with noise of opposite signs and the same dropout masks; a baseline that
     does not hang on the noise leaves the mean where it is. The loss that is returned is that of the first noisy pass.
-    Noise is drawn again where it is needed: one input per perturbed operator and pass is saved. Blocks of other rules
+    Noise is drawn again where it is needed: one input per perturbed operator and pass is saved, or none with `replay`,
+    which runs the passes again in the backward; the gradients are the same, bit by bit. Blocks of other rules
     behind learn in the first noisy pass; those in front get the estimates as cotangents.
 
     Batch-norm uses the statistics of each noisy pass; the running ones are updated by the first. Evaluation is
@@ -50,6 +59,8 @@ class LikelihoodRatio(Rule):
         per_sample: `"auto"`: own losses where every operator is known to keep samples apart and the loss is a mean
             over samples; `"always"`: at your word; `"never"`.
         per_rank: Whether the replicas of a model under DDP draw noise of their own.
+        replay: Whether the backward runs the forward passes again instead of saving the operators' inputs. Dropout
+            masks stay saved.
     """
 
     sigma: float = 0.1
@@ -60,6 +71,7 @@ class LikelihoodRatio(Rule):
     momentum: float = 0.9
     per_sample: PerSample = "auto"
     per_rank: bool = True
+    replay: bool = False
 
     name = "likelihood_ratio"
     summary = "likelihood ratio: noise and the loss it leads to, through operators without a derivative"
@@ -113,6 +125,8 @@ class LikelihoodRatio(Rule):
             for number, (held, noise, sign) in enumerate(drawn):
                 inputs = [counter, held, gains[number // len(places)], share]
                 graph.redirect(held, self._signal(noise, sign), inputs, consumers=readers(held))
+        if self.replay:
+            replayed(graph)
         return PassResult(graph, True)
 
     def _noise(self, graph: JointGraph) -> Noise:

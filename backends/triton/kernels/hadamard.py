@@ -6,40 +6,36 @@ from graphrewrite.backends.triton.kernels._tuning import tuned
 from graphrewrite.backends.triton.kernels.casting import cast
 from graphrewrite.backends.triton.kernels.quantise import _codes, _grid
 from graphrewrite.backends.triton.kernels.random import interleave, to_uniform, words
+from graphrewrite.backends.triton.kernels.rotation import rotate
 
 _CONFIGS = [triton.Config({"GROUPS": groups}, num_warps=warps) for groups, warps in ((8, 4), (16, 4), (4, 4), (32, 8))]
 
 
-@triton.jit
-def _transform(v, SIZE: tl.constexpr, LOG: tl.constexpr, GROUPS: tl.constexpr):
-    """H v / sqrt(SIZE) of each row: sums of neighbours to the front, differences to the back, LOG times."""
-    for _ in tl.static_range(LOG):
-        a, b = tl.split(v.reshape(GROUPS, SIZE // 2, 2))
-        v = tl.join(a + b, a - b).permute(0, 2, 1).reshape(GROUPS, SIZE)
-    return v * (1.0 / tl.sqrt(SIZE * 1.0))
-
-
-@tuned(_CONFIGS, key=["rows"])
-@triton.jit
-def transform(x, out, rows, SIZE: tl.constexpr, LOG: tl.constexpr, GROUPS: tl.constexpr):
+@tuned(_CONFIGS, key=["tuned_for"])
+@triton.jit(do_not_specialize=["tuned_for"])
+def transform(
+    x, out, rows, tuned_for,
+    SIZE: tl.constexpr, LOG: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     place = row[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     mask = (row < rows)[:, None] & (tl.arange(0, SIZE) < SIZE)[None, :]
-    v = _transform(tl.load(x + place, mask=mask, other=0.0).to(tl.float32), SIZE, LOG, GROUPS)
+    v = rotate(tl.load(x + place, mask=mask, other=0.0).to(tl.float32), SIZE, LOG, GROUPS, SCALE)
     tl.store(out + place, cast(v, out.dtype.element_ty), mask=mask)
 
 
-@tuned(_CONFIGS, key=["rows"])
-@triton.jit(do_not_specialize=["stream"])
+@tuned(_CONFIGS, key=["tuned_for"])
+@triton.jit(do_not_specialize=["stream", "tuned_for"])
 def encode(
-    x, counter, codes, steps, rows, stream,
-    LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr, SIZE: tl.constexpr, LOG: tl.constexpr, GROUPS: tl.constexpr,
+    x, counter, codes, steps, rows, stream, tuned_for,
+    LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SIZE: tl.constexpr, LOG: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Symmetric int8 codes of the transform, one scale per group."""
     row = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     place = row[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     mask = (row < rows)[:, None] & (tl.arange(0, SIZE) < SIZE)[None, :]
-    v = _transform(tl.load(x + place, mask=mask, other=0.0).to(tl.float32), SIZE, LOG, GROUPS)
+    v = rotate(tl.load(x + place, mask=mask, other=0.0).to(tl.float32), SIZE, LOG, GROUPS, SCALE)
     step, low = _grid(v, mask, LEVELS, True)
     draw = 0.0
     if STOCHASTIC:

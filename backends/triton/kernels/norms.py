@@ -11,10 +11,12 @@ _CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8, 16, 2)]
 @tuned(_CONFIGS, key=["width"])
 @triton.jit
 def forward(
-    x, weight, bias, out, mean, rstd,
+    x, weight, bias, out, mean, rstd, normalised,
     row_stride, width, eps,
-    RMS: tl.constexpr, AFFINE: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    RMS: tl.constexpr, AFFINE: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The norm of a row; with KEEP also what it is before the affine part."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -25,6 +27,8 @@ def forward(
         h = tl.where(inside, h - center, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(h * h, 0) / width + eps)
     z = h * scale
+    if KEEP:
+        tl.store(normalised + row * width + column, cast(z, normalised.dtype.element_ty), mask=inside)
     if AFFINE:
         z = z * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if SHIFT:
@@ -72,7 +76,7 @@ def parameters(
 ):  # fmt: skip
     """Partial sums over `per_program` rows of the gradients of weight and bias, one row of results per program."""
     part = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     weight_sum = tl.zeros((COLUMNS,), tl.float32)
     bias_sum = tl.zeros((COLUMNS,), tl.float32)

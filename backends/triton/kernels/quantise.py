@@ -5,6 +5,7 @@ import triton.language as tl
 from graphrewrite.backends.triton.kernels._tuning import tuned
 from graphrewrite.backends.triton.kernels.casting import cast, to_bfloat16
 from graphrewrite.backends.triton.kernels.random import bits_at, interleave, to_uniform, words
+from graphrewrite.backends.triton.kernels.rotation import rotate
 
 _CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((512, 4), (1024, 4), (2048, 8))]
 
@@ -51,16 +52,20 @@ def _codes(v, step, low, draw, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, ST
 
 @tuned(
     [triton.Config({"GROUPS": groups}, num_warps=warps) for groups, warps in ((8, 4), (16, 4), (4, 4), (32, 8))],
-    key=["group", "per_plane"],
+    key=["group", "tuned_for"],
 )
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(do_not_specialize=["stream", "tuned_for"])
 def encode(
     x, counter, codes, steps, lows,
-    count, group, per_plane, stream,
+    count, group, per_plane, stream, tuned_for,
     WIDTH: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr,
-    SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr, QUARTERS: tl.constexpr, GROUPS: tl.constexpr,
+    SYMMETRIC: tl.constexpr, STOCHASTIC: tl.constexpr, QUARTERS: tl.constexpr,
+    LOG: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Everything in one pass, where each plane holds whole groups: `per_plane` of them."""
+    """Everything in one pass, where each plane holds whole groups: `per_plane` of them.
+
+    With LOG > 0 groups have WIDTH = 2^LOG elements and are rotated first.
+    """
     own = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     column = tl.arange(0, WIDTH)
     mask = (own < per_plane)[:, None] & (column < group)[None, :]
@@ -71,6 +76,8 @@ def encode(
         # what fills the last group up are copies of the last element
         read = tl.minimum(element, tl.cast(count, tl.int64) - 1)
         v = tl.load(x + read, mask=mask, other=0.0).to(tl.float32)
+        if LOG > 0:
+            v = rotate(v, WIDTH, LOG, GROUPS, SCALE)
         step, low = _grid(v, mask, LEVELS, SYMMETRIC)
         draw = 0.0
         if STOCHASTIC:
@@ -153,3 +160,31 @@ def decode(
             # the outermost numbers of float16; a NaN stays one
             v = tl.where(v > 65504.0, 65504.0, tl.where(v < -65504.0, -65504.0, v))
         tl.store(out + element, cast(v, out.dtype.element_ty), mask=inside)
+
+
+@tuned(
+    [triton.Config({"GROUPS": groups}, num_warps=warps) for groups, warps in ((8, 4), (16, 4), (4, 4), (32, 8))],
+    key=["tuned_for"],
+)
+@triton.jit(do_not_specialize=["tuned_for"])
+def decode_rotated(
+    codes, steps, lows, out, count, per_plane, tuned_for,
+    BITS: tl.constexpr, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    SIZE: tl.constexpr, LOG: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Groups of SIZE = 2^LOG elements, rotated back, where each plane holds whole groups: `per_plane` of them."""
+    own = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    column = tl.arange(0, SIZE)
+    mask = (own < per_plane)[:, None] & (column < SIZE)[None, :]
+    packed = tl.load(codes + own[:, None] * SIZE + column[None, :], mask=mask, other=0).to(tl.int32)
+    for part in tl.static_range(8 // BITS):
+        row = own + part * tl.cast(per_plane, tl.int64)
+        code = ((packed >> (part * BITS)) & (2**BITS - 1)).to(tl.float32)
+        step = tl.load(steps + row, mask=own < per_plane, other=0.0).to(tl.float32)[:, None]
+        if SYMMETRIC:
+            v = (code - LEVELS) * step
+        else:
+            v = code * step + tl.load(lows + row, mask=own < per_plane, other=0.0).to(tl.float32)[:, None]
+        v = rotate(v, SIZE, LOG, GROUPS, SCALE)
+        element = row[:, None] * SIZE + column[None, :]
+        tl.store(out + element, cast(v, out.dtype.element_ty), mask=mask & (element < count))
