@@ -117,12 +117,15 @@ def launch(jobs: list[tuple], results: pathlib.Path) -> list[int | None]:
     for process in started:
         process.start()
     deadline = time.monotonic() + 300
-    for process in started:
-        process.join(max(0.0, deadline - time.monotonic()))
+    while any(process.is_alive() for process in started) and time.monotonic() < deadline:
+        if any(process.exitcode for process in started):
+            deadline = min(deadline, time.monotonic() + 2 * TIMEOUT)  # as torchrun ends the others
+        time.sleep(0.1)
     codes = [process.exitcode for process in started]
     for process in started:
         if process.is_alive():
             process.kill()
+        process.join()
     return codes
 
 
@@ -157,10 +160,9 @@ def test_training_goes_on_from_the_last_whole_checkpoint(rule, tmp_path):
 def test_a_pipeline_names_the_process_that_is_gone(dies, tmp_path):
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     jobs = [(pipelined, whole, STEPS, ""), (pipelined, broken, STEPS, dies)]
-    started = time.monotonic()
     codes = launch(jobs, tmp_path)
     assert codes[0] == 7
-    assert time.monotonic() - started < 280
+    assert codes[1] == (-signal.SIGKILL if dies == "ends" else None)  # it hangs still
     text = (tmp_path / "1.0.txt").read_text()
     assert "process 0 lost another process of the job" in text
     assert "go on from the last checkpoint" in text
