@@ -5,22 +5,24 @@
 
 A tanh net on images halved to 14 x 14 pixels (a step of zeroth order costs as many numbers as there are weights, and
 learns the less from each), the same initial weights and batches for all, Adam falling to zero. A rule's rate stands
-behind it, `pepita@0.01`; those below were chosen between 3e-3 and 1e-2 (pepita: and 3e-2) on 20,000 training images with
-`--tune`, which measures on training images that it holds out and never looks at the test set; variants of a rule that
-were not tried have the rate of the one that was. Test accuracy (of `compiled.predict`) after every epoch; the step's processor time over
-backpropagation's, medians of interleaved steps, with backpropagation against itself; bytes between forward and backward
-and the measured peak of a step, the gradients subtracted. Writes `results/forward_mnist.json`, or `--name`.
+behind it, `pepita@0.01`; those below were chosen between 3e-3 and 1e-2 (pepita: and 3e-2) on 20,000 training images
+with `--tune`, which measures on training images that it holds out and never looks at the test set; variants of a rule
+that were not tried have the rate of the one that was. Test accuracy (of `compiled.predict`) after every epoch; the
+step's processor time over backpropagation's, medians of interleaved steps, with backpropagation against itself; bytes
+between forward and backward and the measured peak of a step, the gradients subtracted. Writes
+`results/forward_mnist.json`, or `--name`; with `--rules bp ...`, rows of other rules at the same setting stay in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import warnings
 from typing import Any
 
 import torch
-from common import processor_ratios, write
+from common import RESULTS, processor_ratios, write
 from torch import nn
 from torch.nn import functional as F
 
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2, help="hidden layers")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=3e-3, help="of rules that name none")
-    parser.add_argument("--samples", type=int, default=60_000, help="training images to use")
+    parser.add_argument("--samples", type=int, default=30_000, help="training images to use")
     parser.add_argument("--name", default="forward_mnist", help="of the result file")
     parser.add_argument("--tune", action="store_true", help="measure on held-out training images, write nothing")
     parser.add_argument("--rules", nargs="+", default=RULES, help="bp first")
@@ -126,11 +128,23 @@ def main() -> None:
         return
     ratios, same = processor_ratios([step_of(one, example) for one in learners])
     rows = [row(one, learners[0], example, ratio) for one, ratio in zip(learners, ratios, strict=True)]
-    for one in rows:
+    for one, text in zip(rows, given.rules, strict=True):
+        one["asked"] = text.partition("@")[0]
+        one["bp / bp"] = round(same, 3)
         print("  ".join(f"{k} {v}" for k, v in one.items()))
-    setting = {k: v for k, v in vars(given).items() if k not in ("data", "rules", "name", "tune")}
-    setting |= {"weights": sum(p.numel() for p in model.parameters()), "bp / bp": round(same, 3)}
-    print("written to", write(given.name, [{"setting": setting}, *rows]))
+    setting = {k: v for k, v in vars(given).items() if k not in ("data", "rules", "name", "tune", "rate")}
+    setting["weights"] = sum(p.numel() for p in model.parameters())
+    print("written to", write(given.name, [{"setting": setting}, *merged(given.name, setting, rows)]))
+
+
+def merged(name: str, setting: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These rows, and those that the result file holds of other rules at the same setting, in the order of `RULES`."""
+    path = RESULTS / f"{name}.json"
+    held = json.loads(path.read_text())["rows"] if path.is_file() else []
+    before = held[1:] if held and held[0] == {"setting": setting} else []
+    by_rule = {one["asked"]: one for one in [*before, *rows]}
+    order = [text.partition("@")[0] for text in RULES]
+    return sorted(by_rule.values(), key=lambda one: order.index(one["asked"]) if one["asked"] in order else len(order))
 
 
 if __name__ == "__main__":

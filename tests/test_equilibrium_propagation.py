@@ -28,6 +28,13 @@ def conv() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(8, 3)).double()
 
 
+def pooled() -> nn.Sequential:
+    """Pooling and a normalisation behind the activation: they belong to what drives the next state."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.GroupNorm(1, 3), nn.Conv2d(3, 2, 2), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3)).double()
+
+
 def batch(model: nn.Sequential, n: int = 7):
     torch.manual_seed(1)
     shape = (n, 4) if isinstance(model[0], nn.Linear) else (n, 1, 8, 8)
@@ -41,6 +48,8 @@ class ByHand:
         self.model, self.x, self.y = model, x, y
         if isinstance(model[0], nn.Linear):
             self.drive, self.act, self.top = [model[:1], model[2:3]], [model[1], model[3]], model[4:]
+        elif isinstance(model[1], nn.Tanh):
+            self.drive, self.act, self.top = [model[:1], model[2:5]], [model[1], model[5]], model[6:]
         else:
             self.drive, self.act, self.top = [model[:2], model[3:4]], [model[2], model[4]], model[5:]
 
@@ -83,7 +92,7 @@ class ByHand:
         return dict(zip(named, torch.autograd.grad(self.loss(states), list(named.values())), strict=True))
 
 
-@pytest.mark.parametrize("make", [mlp, pytest.param(conv, marks=SLOW)])
+@pytest.mark.parametrize("make", [mlp, *[pytest.param(make, marks=SLOW) for make in (conv, pooled)]])
 @pytest.mark.parametrize("symmetric", [True, pytest.param(False, marks=SLOW)])
 def test_the_phases_by_hand(make, symmetric):
     model = make()
@@ -130,7 +139,7 @@ def test_symmetric_nudging_is_off_by_beta_squared_and_one_sided_by_beta(symmetri
     for larger, smaller in itertools.pairwise(errors):
         assert larger / smaller == pytest.approx(falls, rel=0.2)
     assert errors[0] < (5e-3 if symmetric else 6e-2)
-    assert symmetric or errors[1] > 1e-3
+    assert symmetric or errors[1] > 1e-4
 
 
 def test_graph_and_certificate():
@@ -166,8 +175,8 @@ def test_locality_is_as_certified():
         ({"0": "equilibrium_propagation"}, mlp, "block 2 cannot learn by bp beside it"),
         (
             "equilibrium_propagation",
-            lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double(),
-            "does not end in an activation",
+            lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double(),
+            "no block ends in an activation",
         ),
         ("equilibrium_propagation", lambda: nn.Sequential(nn.Linear(4, 3)).double(), "before the one that computes"),
     ],

@@ -506,6 +506,21 @@ def test_noise_that_reads_activations_is_refused_by_name():
         gr.compile(Noisy(), "zeroth_order", example_inputs=x, example_targets=y)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "zeroth_order",
+        *[pytest.param(r, marks=SLOW) for r in ("forward_gradient{perturb=weights}", "equilibrium_propagation")],
+    ],
+)
+def test_an_empty_batch_is_refused_before_it_spoils_every_weight(rule):
+    model = mlp()
+    x, y = batch(model)
+    compiled = gr.compile(model, rule, blocks="layers")
+    with pytest.raises(gr.RuleError, match=r"the batch is empty.*\n.*drop_last"):
+        compiled.loss(x[:0], y[:0])
+
+
 def test_training_through_the_forward_is_refused():
     model = mlp()
     x, y = batch(model)

@@ -17,7 +17,17 @@ from torch import fx
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.loop import labelled
-from graphrewrite.graph.nodes import Loss, LossTerm, Role, flat_inputs, info, is_backward, is_float, value
+from graphrewrite.graph.nodes import (
+    Loss,
+    LossTerm,
+    Role,
+    UserInput,
+    flat_inputs,
+    info,
+    is_backward,
+    is_float,
+    value,
+)
 from graphrewrite.graph.ops import ATTENTIONS, call_operator, is_random
 
 aten = torch.ops.aten
@@ -57,6 +67,19 @@ def _is_shared(node: fx.Node) -> bool:
     if getattr(getattr(node.target, "overloadpacket", None), "__name__", "").endswith("_like"):
         return True
     return all(source.target in _EMPTY or not is_float(source) for source in flat_inputs(node))
+
+
+def refuse_empty_batch(graph: JointGraph, rule: str) -> None:
+    """A mean over no samples is no number: a gradient made of losses would put it into every weight."""
+    for spec, node in graph.inputs.items():
+        held = value(node)
+        # where the size is a symbol, the comparison leaves a guard: an empty batch is captured anew, and meets this
+        if isinstance(spec, UserInput) and isinstance(held, torch.Tensor) and held.dim() and held.shape[0] == 0:
+            raise RuleError(
+                f"{rule} compares losses, and the batch is empty: its loss is no number",
+                node=node.name,
+                remedy="skip empty batches (drop_last=True)",
+            )
 
 
 class Replay:

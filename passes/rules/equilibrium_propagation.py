@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from graphrewrite.passes.rules._energy import Layer, settled_blocks
-from graphrewrite.passes.rules._replay import Replay, task_loss, trained_leaves
+from graphrewrite.passes.rules._replay import Replay, refuse_empty_batch, task_loss, trained_leaves
 from torch import fx
 
 from graphrewrite.errors import RuleError
-from graphrewrite.graph.aliasing import is_view
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.loop import labelled
 from graphrewrite.graph.nodes import (
@@ -25,6 +24,7 @@ from graphrewrite.graph.nodes import (
     UserOutput,
     flat_inputs,
     info,
+    is_float,
     value,
 )
 from graphrewrite.graph.ops import ACTIVATIONS, call_operator
@@ -32,7 +32,6 @@ from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
 FREE = NodeInfo(role=Role.SIGNAL, block=LOSS_BLOCK, stage="forward")
-_RESHAPES = frozenset({torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints})
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,11 @@ class EquilibriumPropagation(Rule):
         Phi(s) = sum_l <s_l, a_l(s_{l-1})> - beta L(out(s)),    s_l <- act(dPhi/ds_l)
 
     dPhi/ds_l is a_l(s_{l-1}), what the block receives from below, plus the transposed derivative of the next block
-    applied to that one's state, what it receives from above (a max-pool in front of the activation becomes its matching
-    un-pool). The blocks behind all states are a read-out outside of the dynamics. After `free_steps` the states are
-    s_0; from there `nudged_steps` with +beta and -beta lead to s_+ and s_-, and
+    applied to that one's state, what it receives from above (a max-pool becomes its matching un-pool). What follows a
+    block's last activation (pooling, dropout, a normalisation) counts as the beginning of the next one, and so does a
+    block that ends in no activation, a convolution in front of its normalisation, say; `explain` names those. What
+    lies behind all states is a read-out outside of the dynamics. After `free_steps` the states are s_0; from there
+    `nudged_steps` with +beta and -beta lead to s_+ and s_-, and
 
         G = -(dPhi/dw(s_+) - dPhi/dw(s_-)) / 2 beta
 
@@ -89,6 +90,7 @@ class EquilibriumPropagation(Rule):
             )
         if not graph.has_loss:
             raise RuleError("equilibrium_propagation needs the loss", remedy="train with compiled.loss(x, y)")
+        refuse_empty_batch(graph, self.name)
         mine = {block.name for block in graph.rule_blocks()}
         other = next((block for block in graph.blocks if block.name not in mine), None)
         if other is not None:
@@ -97,7 +99,7 @@ class EquilibriumPropagation(Rule):
                 module=other.name,
                 remedy="let equilibrium_propagation train every block",
             )
-        _states(graph)
+        _states(graph, lambda reason, node: self.fail(graph, reason, node))
 
     def run(self, graph: JointGraph) -> PassResult:
         """A free phase, two nudged ones, and the gradients of their difference."""
@@ -146,9 +148,10 @@ class _State:
         return made
 
 
-def _states(graph: JointGraph) -> list[_State]:
-    """One for each hidden block."""
+def _states(graph: JointGraph, fail: Callable[[str, fx.Node], None] | None = None) -> list[_State]:
+    """One for each hidden block that ends in an activation; the others belong to what drives the next state."""
     found: dict[fx.Node, _State] = {}
+    reasons: list[tuple[str, fx.Node]] = []
     blocks = settled_blocks(graph)
     if not blocks:
         raise RuleError(
@@ -158,19 +161,34 @@ def _states(graph: JointGraph) -> list[_State]:
     for block, boundaries in blocks.items():
         for boundary in boundaries:
             node = boundary
-            while node.op == "call_function" and (is_view(node) or node.target in _RESHAPES):
-                node = flat_inputs(node)[0]
-            if node.target not in ACTIVATIONS or info(node).block != block or len(flat_inputs(node)) != 1:
-                raise RuleError(
-                    f"block {block} does not end in an activation without parameters but in {node.target}: it has no "
-                    "state that could settle",
-                    node=node.name,
-                    module=info(node).module,
-                    remedy="put the activation last (convolution, pooling, activation), or use predictive_coding, "
-                    "whose states can be any activations",
-                )
-            found[node] = _State(node, flat_inputs(node)[0])
+            while node.target not in ACTIVATIONS and (before := _behind(graph, node)) is not None:
+                node = before
+            if node.target in ACTIVATIONS and len(flat_inputs(node)) == 1:
+                found[node] = _State(node, flat_inputs(node)[0])
+            else:
+                reasons.append((f"block {block} ends in no activation but in {node.target}: it has no state", node))
+    if fail is not None:
+        for reason, node in reasons:
+            fail(reason, node)
+    if not found:
+        reason, node = reasons[0]
+        raise RuleError(
+            f"no block ends in an activation, so that nothing could settle: {reason}",
+            node=node.name,
+            module=info(node).module,
+            remedy="choose blocks that end in an activation (pooling, dropout, a normalisation may follow it), or use "
+            "predictive_coding, whose states can be any activations",
+        )
     return list(found.values())
+
+
+def _behind(graph: JointGraph, node: fx.Node) -> fx.Node | None:
+    """The one activation of the same block that an operator reads; None if there are more, or it comes from outside."""
+    table = graph.table
+    read = [n for n in flat_inputs(node) if is_float(n) and table.requires_grad(n) and not table.is_weightlike(n)]
+    if node.op != "call_function" or len(read) != 1 or read[0].op != "call_function":
+        return None
+    return read[0] if info(read[0]).block == info(node).block else None
 
 
 class _Network:

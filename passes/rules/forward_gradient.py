@@ -24,6 +24,7 @@ from graphrewrite.passes.rules._perturb import (
     trained_leaves,
     where_samples_meet,
 )
+from graphrewrite.passes.rules._replay import refuse_empty_batch
 from graphrewrite.passes.rules._task import Task
 from torch import fx
 
@@ -128,6 +129,8 @@ class ForwardGradient(Rule):
                 f"{self.name} needs the targets in the graph",
                 remedy="train with compiled.loss(x, y), give example_targets",
             )
+        if self.perturb == "weights":
+            refuse_empty_batch(graph, self.name)
 
     def run(self, graph: JointGraph) -> PassResult:
         """Tangents, a forward-mode pass for each, and the gradients made of them."""

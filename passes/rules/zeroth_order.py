@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from graphrewrite.passes.rules._feedback_weights import same_on_all_ranks
-from graphrewrite.passes.rules._replay import Replay, task_loss, trained_leaves
+from graphrewrite.passes.rules._replay import Replay, refuse_empty_batch, task_loss, trained_leaves
 from torch import fx
 
 from graphrewrite import random
@@ -129,6 +129,7 @@ class ZerothOrder(Rule):
             raise RuleError(f"{self.method} perturbs all weights at once", remedy="use sparsity with method=coordinate")
         if not graph.has_loss:
             raise RuleError("zeroth_order needs the loss", remedy="train with compiled.loss(x, y)")
+        refuse_empty_batch(graph, self.name)
 
     # --- the rewrite -----------------------------------------------------------------------------------------------
 
