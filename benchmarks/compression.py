@@ -30,7 +30,6 @@ from torch.utils.checkpoint import checkpoint
 
 import graphrewrite as gr
 from graphrewrite.analysis.liveness import LiveBytes
-from graphrewrite.testing.memory import saved_bytes
 
 HEAD = 64
 
@@ -245,6 +244,14 @@ OURS: dict[str, dict[str, Any]] = {
     "memory_budget=0.05": {"memory_budget": 0.05},
 }
 BUDGETS = (1.0, 0.1)
+ONLY: list[str] = []
+"""Parts of the names of the settings to measure; none: all."""
+
+
+def wanted(setting: str) -> bool:
+    return not ONLY or any(part in setting for part in ONLY)
+
+
 TIMED = ("bp", "compact", "int8", "memory_budget=0.1")
 FP8 = {"activation_quantization_aten_pass": {"quant_type": "torch.float8_e4m3fn", "size_in_mb": 0, "use_scaling": True}}
 
@@ -253,7 +260,8 @@ def stock_rows(case: Case) -> Iterator[tuple[dict[str, Any], Callable[..., torch
     for budget in BUDGETS:
         for bits, packed in ((32, None), (8, (8, 0)), (4, (4, 128))):
             name = f"torch.compile, budget {budget}" + (f", int{bits} hooks" if packed else "")
-            yield {"setting": name, "rival": True}, stock(case, budget, packed)
+            if wanted(name):
+                yield {"setting": name, "rival": True}, stock(case, budget, packed)
 
 
 def fp8_row(case: Case) -> dict[str, Any]:
@@ -272,13 +280,16 @@ def fp8_row(case: Case) -> dict[str, Any]:
 
 def rivals(case: Case) -> Iterator[dict[str, Any]]:
     for name, run in (("eager", case.model), ("torch.utils.checkpoint, each layer", checkpointed(case))):
+        if not wanted(name):
+            continue
         row: dict[str, Any] = {"setting": name, "rival": True}
         measure(case, row, run, eager=True)
         yield row
     for row, run in stock_rows(case):
         measure(case, row, run, eager=False)
         yield row
-    yield fp8_row(case)
+    if wanted("fp8 pass"):
+        yield fp8_row(case)
 
 
 def rows_of(case: Case, part: str, timed: bool) -> Iterator[dict[str, Any]]:
@@ -288,14 +299,13 @@ def rows_of(case: Case, part: str, timed: bool) -> Iterator[dict[str, Any]]:
         yield from ({**shape, **row} for row in rivals(case))
     for name, options in OURS.items() if part in ("all", "ours") else ():
         row = {**shape, "setting": f"graphrewrite, {name}", "rival": False}
+        if not wanted(row["setting"]):
+            continue
         started = time.process_time()
         compiled = gr.compile(case.model, dynamic=None, verify="off", **options)
         measure(case, row, compiled, eager=False)
         row["compile_seconds"] = round(time.process_time() - started, 1)
-        predicted = compiled.report().saved_bytes
-        known = [*case.model.parameters(), *case.model.buffers(), case.x]
-        counted = saved_bytes(lambda c=compiled: c(case.x.requires_grad_(False)), known)
-        row["predicted_minus_measured_bytes"] = predicted - counted
+        row["predicted_minus_measured_bytes"] = compiled.report().saved_bytes - held_by_graph(case, compiled)
         if timed and name in TIMED:
             row["time"] = times(case, options).row()
         yield row
@@ -340,6 +350,10 @@ class _Value:
         self.node = object()
 
 
+def _key(row: dict[str, Any]) -> tuple[Any, Any]:
+    return row.get("stack"), row["setting"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stacks", nargs="+", default=["gpt", "llama"])
@@ -348,21 +362,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--part", default="all", choices=["all", "rivals", "ours", "solver"])
-    parser.add_argument("--add", action="store_true", help="to the rows that the result file has")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of names of settings")
+    parser.add_argument(
+        "--add", action="store_true", help="to the rows that the result file has, in the place of older ones"
+    )
     parser.add_argument("--time", action="store_true", help="step times as well")
     parser.add_argument("--name", default="compression", help="name of the result file")
     given = parser.parse_args()
+    ONLY.extend(given.only)
     rows = read(given.name) if given.add else []
     for name in given.stacks if given.part != "solver" else ():
         case = make(name, given.width, given.layers, given.batch, given.tokens)
         for row in rows_of(case, given.part, given.time):
-            rows.append(row)
+            rows = [old for old in rows if _key(old) != _key(row)] + [row]
             shown = {k: v for k, v in row.items() if k in ("saved_d", "error", "compile_seconds", "time")}
             print(f"{name:6s} {row['setting']:55s} {shown}", flush=True)
             write(given.name, rows)
     if given.part in ("all", "solver"):
-        rows += [solve_time(count) for count in (500, 5000)]
-        print(rows[-2:])
+        solved = [solve_time(count) for count in (500, 5000)]
+        print(solved)
+        rows = [old for old in rows if _key(old) not in map(_key, solved)] + solved
     print("written to", write(given.name, rows))
 
 

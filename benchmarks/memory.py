@@ -6,16 +6,18 @@
 Bytes are storages allocated during one step, parameters and inputs not counted, the returned gradients subtracted, in
 units of one block's activation. For rules whose updates are not locked: the same of `step_blocks`, nothing subtracted,
 and the most bytes that all `.grad` take together, in KiB, in the ordinary step and in the unlocked one. Writes
-`results/memory.json`, anew after each depth.
+`results/memory.json`, anew after each depth; with `--add`, into the rows that are there already.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from typing import Any
 
 import torch
-from common import write
+from common import RESULTS, write
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -62,11 +64,16 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--local", action="store_true", help="every rule and head with local objectives")
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the result file says about other rules and depths"
+    )
     parser.add_argument("--name", default="memory", help="name of the result file")
     given = parser.parse_args()
     rules = LOCAL if given.local else given.rules
     unit = BATCH * WIDTH * 4
-    rows = []
+    rows: dict[int, dict[str, Any]] = {}
+    if given.add:
+        rows = {row["depth"]: row for row in json.loads((RESULTS / f"{given.name}.json").read_text())["rows"]}
     for depth in given.depths:
         torch.manual_seed(0)
         model = equal_blocks(depth, WIDTH)
@@ -96,9 +103,9 @@ def main() -> None:
             if not row[f"{rule}, update locked"]:
                 row[f"{rule}, gradients KiB"] = round(returned / 1024, 1)
                 row.update({f"{rule}, step_blocks{k}": v for k, v in unlocked(compiled, x, y, unit).items()})
-        rows.append(row)
+        rows[depth] = {**rows.get(depth, {}), **row}
         print("  ".join(f"{k} {v}" for k, v in row.items()))
-        print("written to", write(given.name, rows), flush=True)
+        print("written to", write(given.name, [rows[depth] for depth in sorted(rows)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ twice the size.
 * No cap, a cap of p micro-batches, and of p / 2, for p processes, m micro-batches and four ratios of I to W.
 * Small pipelines with costs that differ from stage to stage, where an integer program proves the optimum.
 
-Writes `results/schedule_optimiser.json`.
+Writes `results/schedule_optimiser.json`; with `--processes` its parts, `results/schedule_optimiser_8.json`.
 """
 
 from __future__ import annotations
@@ -52,16 +52,14 @@ def row(costs: list[StageCost], ranks: int, micro_batches: int, cap: float | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="limit of the integer program")
-    parser.add_argument("--largest", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60.0, help="limit of the integer program; 0: without")
+    parser.add_argument("--processes", type=int, nargs="*", default=[2, 4, 8])
     given = parser.parse_args()
     rows = []
-    for ranks in (2, 4, 8):
+    for ranks in given.processes:
         for micro_batches in (2 * ranks, 4 * ranks):
             for backward, weight in RATIOS:
                 for cap in (None, 2 * ranks, ranks):
-                    if ranks > given.largest:
-                        continue
                     costs = [StageCost(1, backward, weight)] * 2 * ranks
                     found = {"I": backward, "W": weight, **row(costs, ranks, micro_batches, cap, 0.0)}
                     if cap == ranks:
@@ -69,7 +67,7 @@ def main() -> None:
                     rows.append(found)
                     print(found, flush=True)
     draw = random.Random(0)
-    for ranks, micro_batches in ((2, 4), (2, 6), (3, 4)):
+    for ranks, micro_batches in ((2, 4), (2, 6), (3, 4)) if given.seconds else ():
         for cap in (None, ranks):
             costs = [
                 StageCost(*(round(draw.uniform(0.5, 1.5), 2) for _ in range(3)), saved=1.0) for _ in range(2 * ranks)
@@ -77,7 +75,8 @@ def main() -> None:
             found = {"costs": "drawn", **row(costs, ranks, micro_batches, cap, given.seconds)}
             rows.append(found)
             print(found, flush=True)
-    print("written to", write("schedule_optimiser", rows))
+    parts = "" if given.processes == [2, 4, 8] else "_" + "_".join(map(str, given.processes))
+    print("written to", write(f"schedule_optimiser{parts}", rows))
 
 
 if __name__ == "__main__":

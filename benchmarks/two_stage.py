@@ -1,13 +1,15 @@
 """What a backward in two stages costs, holds and gains.
 
-    python benchmarks/two_stage.py
+    python benchmarks/two_stage.py [--only times|bytes]
 
 * Time of both stages over time of the one-stage backward, for a GPT stage; torch's own split over its own backward
   beside it. Medians of interleaved pairs; the reference against itself is printed beside them.
-* Bytes held between the stages, in elements per token and layer divided by the width.
+* Bytes held between the stages, in elements per token and layer divided by the width: as they are, with activations and
+  cotangents computed again in the weight stage, with 8-bit codecs, and with all of it; the error of the weight
+  gradients; and the peak of each, predicted from the graph and measured on a running step.
 * Weight gradients of eight micro-batches as one, over one by one.
 
-Writes `results/two_stage.json`.
+Writes `results/two_stage.json` (times) and `results/two_stage_bytes.json`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 import graphrewrite as gr
+from graphrewrite.analysis.liveness import backward_curve, forward_curve, weight_curve
+from graphrewrite.graph.nodes import Grad, value
+from graphrewrite.testing.memory import peak_bytes
 
 WIDTH, HEADS, LAYERS = 384, 6, 4
 MICRO_BATCHES = 8
@@ -98,23 +103,72 @@ def cost(rounds: int) -> list[dict[str, Any]]:
     tokens = (4, 256)
     eager = stage()
     one, two = gr.compile(copy.deepcopy(eager)), gr.compile(copy.deepcopy(eager), split_backward=True)
-    rows = [
+    return [
         {"case": "I + W over full", **pairs(lambda: two_stages(two, tokens), lambda: full(one, tokens), rounds)},
         {
             "case": "torch: I + W over full",
             **pairs(lambda: torch_split(eager, tokens), lambda: full(eager, tokens), rounds),
         },
     ]
-    report = two.report()
-    unit = WIDTH * tokens[0] * tokens[1] * LAYERS * 4
-    rows.append(
-        {
-            "case": "held between the stages",
-            "bytes": report.held_bytes,
-            "widths_per_token_and_layer": round(report.held_bytes / unit, 3),
-            "saved_before": round(report.saved_bytes / unit, 3),
-        }
-    )
+
+
+BLOCKS = "recompute{plan=blocks}"
+COMPOSED: dict[str, dict[str, Any]] = {
+    "as it is": {"split_backward": True},
+    "recompute, split budget=0.6": {"split_backward": "split_backward{budget=0.6}", "compress": BLOCKS},
+    "int8, cotangents int8": {"split_backward": "split_backward{codec=int8}", "compress": "int8"},
+    "recompute, split budget=0.6, cotangents int8": {
+        "split_backward": "split_backward{budget=0.6,codec=int8}",
+        "compress": BLOCKS,
+    },
+}
+
+
+def held() -> list[dict[str, Any]]:
+    """Bytes between the stages, error of the gradients and peaks, for each way to hold less."""
+    layers = 2  # figures are per layer
+    tokens, model, rows = (4, 256), stage(layers), []
+    unit = WIDTH * tokens[0] * tokens[1] * layers * 4
+    x0, cotangent = torch.randn(*tokens, WIDTH), torch.randn(*tokens, WIDTH)
+    x = x0.clone().requires_grad_()
+    model(x).backward(cotangent)
+    right = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for name, options in COMPOSED.items():
+        two = gr.compile(copy.deepcopy(model), dynamic=None, **options)
+        two.zero_grad()
+
+        def step(two: gr.CompiledModule = two) -> None:
+            own = x0.clone().requires_grad_()
+            two(own).backward(cotangent)
+            two.backward_weight()
+
+        step()
+        found = torch.cat([p.grad.flatten() for p in two.module.parameters()])
+        two.zero_grad()
+        report, part = two.report(), two.program().partition
+        measured = peak_bytes(step, [*two.parameters(), *two.buffers(), x0, cotangent])
+        # what the caller holds: its copy of the inputs and, behind the first stage, their gradient and other gradients
+        inputs = x0.nbytes
+        early = sum(value(part.graph.outputs[s]).nbytes for s in part.backward_outputs if isinstance(s, Grad))
+        predicted = max(
+            forward_curve(part).peak + inputs,
+            backward_curve(part).peak + inputs,
+            weight_curve(part).peak + inputs + early,
+        )
+        rows.append(
+            {
+                "case": name,
+                "saved_bytes": report.saved_bytes,
+                "held_bytes": report.held_bytes,
+                "saved_widths_per_token_and_layer": round(report.saved_bytes / unit, 3),
+                "held_widths_per_token_and_layer": round(report.held_bytes / unit, 3),
+                "gradient_error": float((found - right).norm() / right.norm()),
+                "peak_predicted": predicted,
+                "peak_measured": measured,
+                "measured_over_predicted": round(measured / predicted, 4),
+            }
+        )
+        print(*(f"{key} {held}" for key, held in rows[-1].items()), sep="   ", flush=True)
     return rows
 
 
@@ -145,8 +199,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=["times", "bytes"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.only != "times":
+        print("written to", write("two_stage_bytes", held()))
+    if given.only == "bytes":
+        return
     rows = cost(given.rounds) + concatenated(given.rounds)
     for row in rows:
         print(*(f"{key} {held}" for key, held in row.items()), sep="   ")

@@ -6,6 +6,7 @@ python docs/generate.py --check    # exit code 1 if a committed page is not what
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import sys
@@ -33,10 +34,10 @@ ABOUT = (
 
 
 ABOUT_MATRIX = (
-    "Which combinations of rule, model, codec, split and backend train: every cell took two steps, at the captured batch "
-    "size and at another one, with default options and blocks; losses, gradients and predictions were finite and every "
-    "weight moved. Where a combination is refused, the message of the error says why. `python benchmarks/matrix.py` "
-    "tries the cells, and says which of all combinations it tries."
+    "Which combinations of rule, model, codec, split and backend train: every cell took two steps, at the captured "
+    "batch size and at another one, with default options and blocks; losses, gradients and predictions were finite "
+    "and every weight moved. Where a combination is refused, the message of the error says why. "
+    "`python benchmarks/matrix.py` tries the cells, and says which of all combinations it tries."
 )
 
 
@@ -152,6 +153,56 @@ def _linked(kind: str, name: str) -> str:
     return f"[`{name}`]({page}#{name})"
 
 
+ABOUT_RESULTS = (
+    "Published figures beside ours, and beside backpropagation in the same run: test error in percent, after the last "
+    "epoch. Ours come from the files in `benchmarks/results`, each written by the command named; most runs are smaller "
+    "than the published ones, and the last column says in what. What to compare is the distance to backpropagation in "
+    "the same column. Every figure that the benchmarks hold of a rule is in [the rules' catalogue](rules.md)."
+)
+
+
+def results_page() -> str:
+    """Ours, published and backpropagation, from the list in `benchmarks/reproduce/anchors.py`."""
+    anchors = _anchors()
+
+    def percent(held: float | None) -> str:
+        return "" if held is None else f"{held:.2f}"
+
+    head = ["rule", "ours", "bp, same run", "published", "bp, same publication", "publication", "why they differ"]
+    parts = ["# Published figures and ours", NOTE, "", ABOUT_RESULTS, ""]
+    parts += [f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
+    commands: dict[str, str] = {}
+    waiting = []
+    for one in anchors.ANCHORS:
+        ours, beside = one.ours()
+        if ours is None:
+            waiting.append(one)
+            continue
+        commands.setdefault(one.file, one.command)
+        cells = [f"`{one.rule}`", percent(ours), percent(beside), percent(one.published), percent(one.published_bp)]
+        parts.append(f"| {' | '.join([*cells, _cell(one.source), _cell(one.gap)])} |")
+    rest = list(anchors.others())
+    if rest:
+        parts += ["", "| | ours | published |", "|---|---|---|"]
+        parts += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rest]
+    parts += ["", "How to make them again:", ""]
+    parts += [f"- `benchmarks/results/{file}.json`: `{command}`" for file, command in commands.items()]
+    if waiting:
+        parts += ["", "Not run yet, for want of time or of a GPU:", ""]
+        parts += [f"- `{a.rule}`, {_cell(a.source)}: {a.published:.2f} %; `{a.command}`" for a in waiting]
+    return "\n".join(parts) + "\n"
+
+
+def _anchors() -> Any:
+    spec = importlib.util.spec_from_file_location("anchors", RESULTS.parent / "reproduce" / "anchors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["anchors"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def passes_page() -> str:
     """The catalogue of passes and codecs."""
     parts = ["# Passes and codecs", NOTE, ""]
@@ -188,6 +239,7 @@ def cli_page() -> str:
 PAGES = {
     "rules.md": rules_page,
     "matrix.md": matrix_page,
+    "results.md": results_page,
     "passes.md": passes_page,
     "cli_reference.md": cli_page,
 }

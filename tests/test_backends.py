@@ -355,6 +355,25 @@ def test_generated_feedback_is_drawn_in_the_product(distribution):
 
 
 @WITH_TRITON
+def test_triton_on_batches_that_are_empty_or_strided():
+    """No kernel runs on an empty batch, and the report says why; strided inputs and cotangents are read as they are."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4))
+    ours, theirs = pair_of(model, compress="fewbit{bits=2}")
+    strided = torch.randn(6, 10).t()[::2]
+    for x, cotangent in ((strided, torch.randn(4, 5).t()), (torch.randn(0, 6), torch.randn(0, 4))):
+        found = []
+        for compiled in (ours, theirs):
+            compiled.module.zero_grad()
+            compiled(x).backward(cotangent)
+            found.append(gradients(compiled.module))
+        assert_near(*found)
+        if len(x):
+            assert taken_by(ours)
+    assert not taken_by(ours)
+    assert any(row.reason == "the tensor is empty" for row in ours.report().coverage)
+
+
+@WITH_TRITON
 def test_triton_leaves_float64_to_eager_and_says_why():
     compiled = gr.compile(perceptron().double(), backend="triton")
     x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])

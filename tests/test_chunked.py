@@ -50,7 +50,10 @@ def towers():
     return model, (*inputs[:2], inputs[2].double())
 
 
-@pytest.mark.parametrize(("chunk", "codec"), [(1, None), (3, None), (5, "mask")])
+@pytest.mark.parametrize(
+    ("chunk", "codec"),
+    [pytest.param(1, None, marks=pytest.mark.slow), (3, None), pytest.param(5, "mask", marks=pytest.mark.slow)],
+)
 def test_contrastive_gradients_are_those_of_the_whole_batch(chunk, codec):
     """Against eager mode in float64; chunks of unequal sizes, two outputs, an input that is not split."""
     model, x = towers()
@@ -83,7 +86,9 @@ def test_gradients_of_inputs():
     assert torch.allclose(t.grad, exact[1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("rule", ["bp", pytest.param("dfa", marks=pytest.mark.slow), "mono_forward"])
+@pytest.mark.parametrize(
+    "rule", ["bp", *[pytest.param(rule, marks=pytest.mark.slow) for rule in ("dfa", "mono_forward")]]
+)
 def test_means_run_once(rule):
     """The weighted mean of chunk losses and gradients, for rules with a global and with a local objective."""
     torch.manual_seed(0)
@@ -198,6 +203,14 @@ class SeesRows(nn.Module):
 
     def forward(self, x):
         return self.linear(x), x.new_ones(5)
+
+
+def test_steps_of_the_whole_batch_are_refused():
+    compiled = gr.compile(nn.Linear(4, 3), chunk=2)
+    with pytest.raises(gr.RuleError, match="step_blocks runs the whole batch"):
+        compiled.step_blocks(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64), None)
+    with pytest.raises(gr.RuleError, match="zo_step runs the whole batch"):
+        compiled.zo_step(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64), 0.1)
 
 
 def test_evaluation_does_not_split():

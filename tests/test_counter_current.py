@@ -147,6 +147,23 @@ def test_samples_without_a_label_do_not_count():
     assert_close(*found)
 
 
+class _Pooled(nn.Module):
+    """One answer for every three rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))).unflatten(0, (-1, 3)).sum(1))
+
+
+@pytest.mark.parametrize("rule", ["counter_current", "ff"])
+def test_a_label_for_several_rows_is_refused(rule):
+    with pytest.raises(gr.RuleError, match="4 labels for 12 rows, numbers that need not be the same"):
+        gr.compile(_Pooled(), rule, blocks="layers").loss(torch.randn(12, 6), torch.randint(0, CLASSES, (4,)))
+
+
 def test_bad_input():
     x, y = batch()
     compiled = gr.compile(mlp(), "counter_current")

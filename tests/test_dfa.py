@@ -416,6 +416,8 @@ def test_an_error_that_is_not_finite_reaches_every_block_as_under_backpropagatio
     [
         ("dfa{placement=nano}", "placement='nano' is unknown"),
         ("dfa{placement=micro}", "found no point between sublayers"),
+        ("dfa{generated=true,shared=true}", "need not be shared"),
+        ("dfa{generated=true,distribution=cauchy}", "distribution='cauchy' is unknown"),
     ],
 )
 def test_bad_options(rule, message):

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import graphrewrite as gr
 from processes import free_port
 
-STEPS, DIES_AT, TIMEOUT = 5, 3, 6
+STEPS, DIES_AT, TIMEOUT = 5, 3, 20
 WORLD = 2
 
 
@@ -74,7 +74,7 @@ def data_parallel(rank: int, rule: str, folder: str, until: int, dies: bool) -> 
 
 def pipelined(rank: int, folder: str, until: int, dies: str) -> dict[str, object]:
     x, _ = batch(0)
-    pipeline = Pipeline(cut(model(), x[:4], 2), "1F1B", 2, dynamic=None)
+    pipeline = Pipeline(cut(model(), x[:4], 2), "1F1B", 2)
     optimizer = torch.optim.AdamW(pipeline.parameters(), 1e-2)
     modules = {f"stage{i}": stage for i, stage in pipeline.stages.items()}
     optimizers = {f"stage{i}": optimizer for i in pipeline.stages}
@@ -94,37 +94,38 @@ def pipelined(rank: int, folder: str, until: int, dies: str) -> dict[str, object
     return {"state": {n: p.detach() for s in pipeline.stages.values() for n, p in s.module.named_parameters()}}
 
 
-def enter(rank: int, port: int, results: str, jobs: list[tuple]) -> None:
+def enter(rank: int, ports: list[int], results: str, jobs: list[tuple]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    wait = timedelta(seconds=TIMEOUT)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
-    groups = torch.distributed.group.WORLD
     for i, (work, *arguments) in enumerate(jobs):
-        if i == len(jobs) - 1:
-            groups._set_default_timeout(wait)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[i]))
+        # what is compared runs for as long as it takes
+        wait = timedelta(seconds=TIMEOUT if i and i == len(jobs) - 1 else 200)
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=wait)
         try:
             torch.save(work(rank, *arguments), f"{results}/{i}.{rank}.pt")
         except LostProcessError as error:
             pathlib.Path(f"{results}/{i}.{rank}.txt").write_text(str(error))
             os._exit(7)
-    torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def launch(jobs: list[tuple], results: pathlib.Path) -> list[int | None]:
     """The exit codes of two processes that do these jobs, one after the other."""
     context = multiprocessing.get_context("spawn")
-    port = free_port()
-    started = [context.Process(target=enter, args=(rank, port, str(results), jobs)) for rank in range(WORLD)]
+    ports = [free_port() for _ in jobs]
+    started = [context.Process(target=enter, args=(rank, ports, str(results), jobs)) for rank in range(WORLD)]
     for process in started:
         process.start()
     deadline = time.monotonic() + 300
-    for process in started:
-        process.join(max(0.0, deadline - time.monotonic()))
+    while any(process.is_alive() for process in started) and time.monotonic() < deadline:
+        if any(process.exitcode for process in started):
+            deadline = min(deadline, time.monotonic() + 2 * TIMEOUT)  # as torchrun ends the others
+        time.sleep(0.1)
     codes = [process.exitcode for process in started]
     for process in started:
         if process.is_alive():
             process.kill()
+        process.join()
     return codes
 
 
@@ -159,10 +160,9 @@ def test_training_goes_on_from_the_last_whole_checkpoint(rule, tmp_path):
 def test_a_pipeline_names_the_process_that_is_gone(dies, tmp_path):
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     jobs = [(pipelined, whole, STEPS, ""), (pipelined, broken, STEPS, dies)]
-    started = time.monotonic()
     codes = launch(jobs, tmp_path)
     assert codes[0] == 7
-    assert time.monotonic() - started < 280
+    assert codes[1] == (-signal.SIGKILL if dies == "ends" else None)  # it hangs still
     text = (tmp_path / "1.0.txt").read_text()
     assert "process 0 lost another process of the job" in text
     assert "go on from the last checkpoint" in text
@@ -201,7 +201,7 @@ def test_checkpoints_are_whole_or_none(alone, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", broken)
+    monkeypatch.setattr(checkpoint, "save_parts", broken)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(folder, 2, modules, optimizers)
     assert checkpoint.latest(folder) == 1

@@ -393,6 +393,19 @@ def test_collaboration_of_all_layers_reads_later_blocks_and_the_certificate_says
     assert not previous.update_locked
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["collaboration=all", "negatives=all"])
+def test_an_empty_batch_teaches_nothing(options):
+    model, (x, y) = mlp(), batch()
+    compiled = gr.compile(model, f"ff{{peer=0,{options}}}", example_inputs=x, example_targets=y)
+    compiled.loss(x[:0], y[:0]).backward()
+    assert all(not p.grad.any() for p in model[:4].parameters())
+    compiled.zero_grad()
+    compiled.loss(x, y).backward()
+    assert all(p.grad.any() for p in model[:4].parameters())
+    assert compiled.predict(x[:0]).shape == (0, CLASSES)
+
+
 # --- read-outs -------------------------------------------------------------------------------------------------
 
 

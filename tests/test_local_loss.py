@@ -304,6 +304,11 @@ class TooWide(Probe):
         return h
 
 
+class Misfit(Probe):
+    def init(self, site):
+        return {"weight": Weight((site.width, site.features() + 1), normal(0.1))}
+
+
 def test_a_head_of_ones_own():
     model, (x, y) = mlp(), data()
     compiled = compile_(model, Probe.__module__ + ":Probe", x, y)
@@ -317,6 +322,9 @@ def test_a_head_of_ones_own():
     assert other.rule_state.keys() == compiled.rule_state.keys()
     with pytest.raises(RuleError, match=r"head of 0 answers \(s\d+, 8\), the model answers \(s\d+, 3\)"):
         compile_(model, Probe.__module__ + ":TooWide", x, y)
+    with pytest.raises(RuleError, match=r"head Misfit does not fit the output of 0, \(s\d+, 8\)") as error:
+        compile_(model, Probe.__module__ + ":Misfit", x, y)
+    assert "site.features()" in error.value.remedy
 
 
 def test_shared_heads_learn_from_all_blocks():

@@ -151,7 +151,9 @@ def test_a_signature_that_two_threads_meet_at_once_is_captured_once():
 # --- data loaders ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "start", [pytest.param("fork", marks=pytest.mark.slow), pytest.param("spawn", marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_batches_of_data_loader_workers(start):
     """Workers start after the capture; what they send (shared memory) trains like the same batches from here."""
@@ -173,8 +175,8 @@ def test_batches_of_data_loader_workers(start):
     ("rule", "options"),
     [
         ("bp", {}),
-        ("kp", {"split_backward": True}),
-        ("mono_forward", {"compress": "int4"}),
+        pytest.param("kp", {"split_backward": True}, marks=pytest.mark.slow),
+        pytest.param("mono_forward", {"compress": "int4"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_batch_dies_with_the_step(rule, options):
@@ -266,12 +268,17 @@ def test_state_is_loadable_with_weights_only(tmp_path):
     ("command", "kind"),
     [
         ("inspect", "html"),
-        ("inspect", "svg"),
-        ("diff", "html"),
-        ("memory", "html"),
-        ("memory", "svg"),
-        ("schedule", "html"),
-        ("schedule", "svg"),
+        *(
+            pytest.param(command, kind, marks=pytest.mark.slow)
+            for command, kind in (
+                ("inspect", "svg"),
+                ("diff", "html"),
+                ("memory", "html"),
+                ("memory", "svg"),
+                ("schedule", "html"),
+                ("schedule", "svg"),
+            )
+        ),
     ],
 )
 def test_what_is_written_escapes_every_name(run, command, kind, tmp_path):

@@ -22,7 +22,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+QUICK = "transposed slice"
+
+
+@pytest.mark.parametrize("layout", [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS if n != QUICK)])
 def test_one_capture_serves_all_sizes_of_a_layout(layout):
     batches = [(LAYOUTS[layout](n), torch.randint(0, 5, (n,))) for n in (4, 7, 5)]
     net = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Flatten(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
@@ -38,6 +41,7 @@ def test_gaps_of_another_width_need_no_capture():
     assert compiled._captures == {"loss": 2}  # the last one is contiguous
 
 
+@pytest.mark.slow
 def test_sliced_channels_last_images():
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5))
     make = (

@@ -697,7 +697,7 @@ class SaveInBf16(gr.Pass):
         return gr.PassResult(graph, sum(bool(graph.encode_saved(node, BFloat16())) for node in wide) > 0)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", pytest.param("gpt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cnn", "gpt"))])
 def test_bf16_codec_as_a_pass(name):
     case = zoo.make(name)
     x, y = case.batch(8)

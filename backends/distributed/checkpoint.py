@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Mapping
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.optim import Optimizer
 
 from graphrewrite._compat import load_checkpoint
@@ -56,7 +56,7 @@ def save(
         "modules": {name: module.state_dict() for name, module in modules.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
     }
-    dcp.save(state, checkpoint_id=part, process_group=group)
+    save_parts(state, checkpoint_id=part, process_group=group)
     dist.barrier(group)
     if first:
         part.rename(target)
@@ -110,5 +110,5 @@ def load(
             if kind == "optimizers":
                 # the format has no numbers as keys
                 state = {**state, "state": {int(key): entry for key, entry in state.get("state", {}).items()}}
-            one.load_state_dict(state)  # type: ignore[attr-defined]
+            one.load_state_dict(state)
     return found

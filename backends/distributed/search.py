@@ -83,7 +83,7 @@ class _Search:
                 zero,
                 zero,
                 left,
-                dict.fromkeys(("F", "I", "W"), (0,) * stages),  # type: ignore[arg-type]
+                dict.fromkeys(("F", "I", "W"), (0,) * stages),
                 {"F": ((0.0,) * count, *none[1:]), "I": none},
             )
         ]
@@ -118,16 +118,16 @@ class _Search:
             if done["W"] < done["I"]:
                 made.append(self._after(state, rank, "W", stage))
             for kind in ("F", "I"):
-                arrived = state.arrived[kind][stage]  # type: ignore[index]
-                if done[kind] >= len(arrived) or (kind == "I" and done["I"] >= done["F"]):  # type: ignore[index]
+                arrived = state.arrived[kind][stage]
+                if done[kind] >= len(arrived) or (kind == "I" and done["I"] >= done["F"]):
                     continue
                 if kind == "F" and state.live[rank] + cost.saved > self.cap + _CLOSE:
                     continue
                 if kind == "I" and state.live[rank] + cost.held - cost.saved > self.cap + _CLOSE:
                     continue
-                at = arrived[done[kind]]  # type: ignore[index]
+                at = arrived[done[kind]]
                 if at <= now + _CLOSE:
-                    made.append(self._after(state, rank, kind, stage))  # type: ignore[arg-type]
+                    made.append(self._after(state, rank, kind, stage))
                 else:
                     wakes.append(at)
         others = [state.clock[r] for r in range(self.ranks) if r != rank and state.left[r] > _CLOSE]

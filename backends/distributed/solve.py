@@ -115,7 +115,7 @@ def _precedence(costs: Sequence[StageCost], place: Sequence[int], micro_batches:
     last = len(costs) - 1
     for mb in range(micro_batches):
         for s in range(len(costs)):
-            f, i, w = (Action(kind, s, mb) for kind in ("F", "I", "W"))  # type: ignore[arg-type]
+            f, i, w = (Action(kind, s, mb) for kind in ("F", "I", "W"))
             order.add_edge(f, i, delay=0.0)
             order.add_edge(i, w, delay=0.0)
             if s < last:

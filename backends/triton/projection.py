@@ -79,10 +79,17 @@ def _launch(
     projection.project[lambda meta: (-(-count // meta["ROWS"]), -(-features // meta["COLUMNS"]))](
         rows, counter, out, rows.stride(0), rows.stride(1), count, inner, features, inner * features, stream, scale,
         next_power_of_two(count * features),
-        DISTRIBUTION=distribution, TRANSPOSED=transposed, ALIGNED=(inner if transposed else features) % 4 == 0,
+        LIMIT=_size_class(inner), DISTRIBUTION=distribution, TRANSPOSED=transposed,
+        ALIGNED=(inner if transposed else features) % 4 == 0,
         WIDE=interpreting(),
     )  # fmt: skip
     return out
+
+
+def _size_class(inner: int) -> int:
+    """Up to the next of eight steps between powers of two: few kernels serve all sizes, at most an eighth is idle."""
+    step = max(next_power_of_two(inner) // 16, 16)
+    return -(-inner // step) * step
 
 
 def _why_not(

@@ -62,15 +62,16 @@ def minimum_cut(graph: JointGraph, price: Callable[[fx.Node], float] | None = No
     network.add_node("sink")
     for node in forward:
         val = value(node)
-        if isinstance(val, (torch.Tensor, tuple, list)):
-            if isinstance(val, torch.Tensor) and not owns_no_memory(node):
-                network.add_edge((node, 0), (node, 1), capacity=float(price(node)))
-            else:
-                network.add_edge((node, 0), (node, 1))
+        # what a schedule pass moved to the forward is not repeated either: a view of it can only be saved
+        fixed = node not in free or is_costly(node)
+        if isinstance(val, torch.Tensor) and (fixed or not owns_no_memory(node)):
+            network.add_edge((node, 0), (node, 1), capacity=float(price(node)))
+        elif isinstance(val, (torch.Tensor, tuple, list)):
+            network.add_edge((node, 0), (node, 1))
         for source in node.all_input_nodes:
             if source in inside and not isinstance(value(source), (torch.SymInt, int)):
                 network.add_edge((source, 1), (node, 0))
-        if node not in free or is_costly(node):
+        if fixed:
             network.add_edge("source", (node, 0))
         if any(runs_later(user) for user in node.users):
             network.add_edge((node, 1), "sink")

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphrewrite._compat import (
     annotate,
+    composites_of,
     eager_branches,
     keep_random,
     keyword_attributes,
@@ -138,7 +139,8 @@ def _export_as_is(wrapper: _Traced, args: tuple[Any, ...], shapes: Any) -> Expor
         program = torch.export.export(wrapper, args, dynamic_shapes=shapes, strict=False)
         _detach_no_grad_regions(program.graph_module)
         # inside the caller's autocast: outside of it the casts would be lost
-        decomposed: ExportedProgram = program.run_decompositions(recurrent_decompositions())
+        with composites_of(program):
+            decomposed: ExportedProgram = program.run_decompositions(recurrent_decompositions())
         return decomposed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ def watching_hooks() -> Iterator[None]:
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse modules whose behaviour would be lost: backward hooks, cumulative batch-norm statistics."""
+    """Refuse what would be lost: backward hooks, cumulative batch-norm statistics, parameters that are sharded."""
+    check_whole(model)
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(
@@ -49,6 +51,21 @@ def check_modules(model: nn.Module) -> None:
                 "batch normalisation with momentum=None divides by a counter that lives in a tensor",
                 module=name,
                 remedy="set a momentum, e.g. 0.1",
+            )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse parameters of which this process holds a part: a captured graph reads them where no hook gathers them."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None:
+        return  # nobody has made one
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, tensors.DTensor):
+            raise CaptureError(
+                f"parameter {name} is sharded over processes (a DTensor), and nothing has gathered it",
+                module=name.rpartition(".")[0],
+                remedy="shard the root, fully_shard(compiled.loss_module()), and neither the model nor modules inside "
+                "of it; call the sharded view, not compiled.loss",
             )
 
 

@@ -131,6 +131,8 @@ class _Placing:
         self._inside, self._kept = set(backward), set(graph.outputs.values())
         tangents = [n for n in graph.nodes if isinstance(spec_of(n) if n.op == "placeholder" else None, Tangent)]
         self._cotangents, self._mutated = _downstream(tangents, backward), mutated_bases(backward)
+        # equal layers are not all repeated at the same price: a budget between none and all of them can be met
+        self._lean = {node: 1 + 0.1 * i / len(backward) for i, node in enumerate(backward)}
 
     def chosen(self, budget: float | None) -> dict[fx.Node, None]:
         """What both stages compute; what only the weight stage reads is added to what waits."""
@@ -200,7 +202,7 @@ class _Placing:
                 continue
             flow.add_node((node, "in"))
             if price and not owns_no_memory(node):
-                flow.add_edge((node, "in"), "held", capacity=price * _work(node))
+                flow.add_edge((node, "in"), "held", capacity=price * self._lean[node] * _work(node))
             for source in node.all_input_nodes:
                 flow.add_edge((node, "in"), (source, "out"))
                 if source not in seen:

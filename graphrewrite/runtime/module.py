@@ -110,6 +110,7 @@ class CompiledModule(StatefulModule):
         inputs = Inputs(*args, **kwargs)
         self._scheduled_feedback(inputs)
         if self._options.chunk is not None:
+            self._before_training()
             return run_joint(self, inputs, self._options.chunk)
         program, call = self.program_for("forward", inputs, None)
         results = self._run(program, call)
@@ -150,6 +151,7 @@ class CompiledModule(StatefulModule):
     def _loss_in_chunks(self, inputs: Inputs, targets: Any, count: int) -> torch.Tensor:
         if self._options.chunk_loss == "mean":
             self._scheduled_feedback(inputs)
+            self._before_training()
             loss, terms = run_mean(self, inputs, targets, count)
             self.losses = terms
             return loss
@@ -191,6 +193,7 @@ class CompiledModule(StatefulModule):
         Raises:
             RuleError: A block's update waits for blocks behind it.
         """
+        self._refuse_chunks("step_blocks")
         return step_blocks(self, x, y, optimizers, greedy, before_update)
 
     def zo_step(self, x: Any, y: Any, lr: float, weight_decay: float = 0.0) -> torch.Tensor:
@@ -211,6 +214,7 @@ class CompiledModule(StatefulModule):
         Returns:
             The mean of the losses that were compared.
         """
+        self._refuse_chunks("zo_step")
         return zo_step(self, x, y, lr, weight_decay)
 
     def block_optimizers(self) -> dict[str, Optimizer]:
@@ -494,8 +498,7 @@ class CompiledModule(StatefulModule):
         return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
     def _run(self, program: Program, call: Call) -> dict[Any, Any]:
-        if self._untrained is not None:
-            self._untrained.before_training(self.module, self._graphrewrite, str(self._options.rules))
+        self._before_training()
         owner = weakref.ref(self)
 
         def on_backward(spec: Any, result: Any) -> None:
@@ -507,6 +510,14 @@ class CompiledModule(StatefulModule):
         if program.uses_counter:
             self._step += 1
         return {spec: values[i] for spec, i in program.partition.forward_outputs.items()}
+
+    def _before_training(self) -> None:
+        if self._untrained is not None:
+            self._untrained.before_training(self.module, self._graphrewrite, str(self._options.rules))
+
+    def _refuse_chunks(self, what: str) -> None:
+        if self._options.chunk is not None:
+            raise RuleError(f"{what} runs the whole batch, not chunk={self._options.chunk} parts", remedy="use loss()")
 
     def _run_forward(self, program: Program, call: Call) -> dict[Any, Any]:
         fetch = self.fetch(program, call)

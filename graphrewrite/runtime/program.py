@@ -129,8 +129,10 @@ class Program:
         specs = self.partition.backward_weight_outputs
         if self.backward_weight is None:
             return []
+        # what is held dies as the stage goes on, not when it is over
+        values, one.values = one.values, []
         with torch.no_grad():
-            results = self.execute(self.backward_weight, list(one.values))
+            results = self.execute(self.backward_weight, values)
         return [
             (spec, None if self.unread(spec, one.missing) else result)
             for spec, result in zip(specs, results, strict=True)

@@ -67,8 +67,15 @@ class MicroBatch:
         """What the gradients belong to must be what it was in the first stage.
 
         Raises:
-            RuleError: A parameter, or a value that is held, was changed in place.
+            RuleError: A parameter, or a value that is held, was changed in place, or its memory given back.
         """
+        for spec, leaf in self.leaves:
+            if leaf.numel() and not leaf.untyped_storage().size():
+                raise RuleError(
+                    f"{spec.of} was sharded again behind .backward(): its gradient would reach nothing",
+                    remedy="fully_shard reduces and shards at the end of .backward(): use split_backward=False with "
+                    "it, or DistributedDataParallel",
+                )
         for (spec, leaf), version in zip(self.leaves, self._leaf_versions, strict=True):
             if leaf._version != version:
                 raise RuleError(
@@ -132,10 +139,8 @@ class WeightQueue:
                 _hand_over(results, one)
             return
         for one in chosen:
-            found = one.program.run_weight(one)
             self.pending.popleft()
-            one.values = []
-            _hand_over(found, one)
+            _hand_over(one.program.run_weight(one), one)
 
     def take_newest(self) -> Callable[[], None]:
         """A function that computes the weight gradients of the newest pending micro-batch."""
@@ -150,10 +155,8 @@ class WeightQueue:
             if one not in self._taken:
                 raise RuleError("this weight task has run already", remedy="take a new one behind each .backward()")
             one.check_unchanged()
-            found = one.program.run_weight(one)
             self._taken.remove(one)
-            one.values = []
-            _hand_over(found, one)
+            _hand_over(one.program.run_weight(one), one)
 
         return run
 

@@ -61,7 +61,7 @@ def train(rule: str, model: str, **options: Any) -> CompiledModule:
         optimizer.zero_grad()
         try:
             loss = compiled.loss(x, y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if options.get("split_backward"):
                 compiled.backward_weight()
         except (RuleError, BackendError) as error:

@@ -91,7 +91,7 @@ def lengthened(rows: torch.Tensor, size: Any) -> torch.Tensor:
 def pad_end(flat: torch.Tensor, multiple: int) -> torch.Tensor:
     """One-dimensional, lengthened by copies of its last element to a multiple of a number; see `lengthened`."""
     count = flat.shape[0]
-    size = (count + multiple - 1) // multiple * multiple
+    size: Any = (count + multiple - 1) // multiple * multiple
     if statically_known_true(size == count):
         return flat
     return torch.slice_scatter(flat.narrow(0, count - 1, 1).expand(size), flat, 0, 0, count)

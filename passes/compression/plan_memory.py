@@ -25,7 +25,17 @@ from graphrewrite.errors import GraphRewriteError, RuleError, VerifyError
 from graphrewrite.graph.aliasing import base_of, views_of
 from graphrewrite.graph.codec import Codec, Declined
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import Buffer, BufferUpdate, InputSpec, InputUpdate, UserInput, nbytes, value
+from graphrewrite.graph.nodes import (
+    LOSS_BLOCK,
+    Buffer,
+    BufferUpdate,
+    InputSpec,
+    InputUpdate,
+    UserInput,
+    info,
+    nbytes,
+    value,
+)
 from graphrewrite.graph.partition import partition
 from graphrewrite.graph.text import Names
 from graphrewrite.pipeline import Pass, PassResult
@@ -102,6 +112,8 @@ class Problem:
     pairs: dict[tuple[int, int, int], float]
     """(value that is recomputed, value it is recomputed from, choice of the latter) -> added cost."""
     budget: int
+    apart: frozenset[tuple[int, int]] = frozenset()
+    """Values of which not both are recomputed."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ class PlanMemory(Pass):
             )
         if total > limit:
             pairs = self._measure(graph, candidates)
-        chosen = solve(Problem(candidates, pairs, limit - rest), self.time_limit)
+        chosen = self._solve(candidates, pairs, limit - rest)
         known = {c.saved.node for c in candidates}
         done = [treatment(v, names, "keep", v.nbytes, v.closed) for v in values if v.node not in known]
         again: list[fx.Node] = []
@@ -185,6 +197,24 @@ class PlanMemory(Pass):
         if saved > limit:
             raise VerifyError(f"the plan keeps {saved:,} bytes, more than the {limit:,} that it was made for")
         return PassResult(graph, bool(again or encoded))
+
+    def _solve(self, candidates: list[Candidate], pairs: dict[tuple[int, int, int], float], budget: int) -> list[int]:
+        """The plan; if the budget allows it, one in which nothing is recomputed from what another block recomputes.
+
+        What is recomputed on the way to a later value lives until its own reader: chains through several blocks would
+        bring all of their values back at once, and the peak would grow as the budget shrinks.
+        """
+        index = {c.saved.node: i for i, c in enumerate(candidates)}
+        apart = frozenset(
+            (i, index[source])
+            for i, c in enumerate(candidates)
+            for source in c.frontier
+            if source in index and info(source).block != info(c.saved.node).block != LOSS_BLOCK
+        )
+        separate = Problem(candidates, pairs, -1, apart)
+        if _bytes_of(candidates, solve(separate, self.time_limit)) <= budget:
+            return solve(Problem(candidates, pairs, budget, apart), self.time_limit)
+        return solve(Problem(candidates, pairs, budget), self.time_limit)
 
     # --- what can be done ---------------------------------------------------------------------------------------------
 
@@ -339,6 +369,10 @@ def solve(problem: Problem, time_limit: float) -> list[int]:
                 whole = getattr(choice.codec, "name", "") == "mask"
                 if whole or (choice.lossy and c.saved.needed_exactly):
                     constrain({first[i] + c.recompute: 1.0, first[k] + j: 1.0}, -np.inf, 1)
+    for i, k in problem.apart:
+        again, before = candidates[i].recompute, candidates[k].recompute
+        if again is not None and before is not None:
+            constrain({first[i] + again: 1.0, first[k] + before: 1.0}, -np.inf, 1)
     if not fewest:
         constrain(
             {first[i] + j: float(x.nbytes) for i, c in enumerate(candidates) for j, x in enumerate(c.choices)},

@@ -75,7 +75,8 @@ class RandomizedLinear(ApproximateBackward):
             rows = as_rows(tensor)
             if rows.shape[0] == 0:
                 return rows
-            return sketch(number, stream, rows, height(rows.shape[0]))
+            drawn: torch.Tensor = sketch(number, stream, rows, height(rows.shape[0]))
+            return drawn
 
         first = linears[0]
         like = info(first.op).but(mirrors=None)

@@ -298,7 +298,16 @@ class _Placed:
         h = next(given)
         weights = {key: next(given) for key in self.weights}
         dtype = next((w.dtype for w in weights.values()), h.dtype)
-        return head.forward(self.site, weights, h if h.dtype == dtype else h.to(dtype))
+        try:
+            return head.forward(self.site, weights, h if h.dtype == dtype else h.to(dtype))
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise RuleError(
+                f"head {type(head).__name__} does not fit the output of {self.site.name}, "
+                f"({', '.join(map(str, self.site.shape))}): {error}",
+                node=self.site.node.name,
+                module=self.site.name,
+                remedy="size its weights by site.features(), site.channels and site.width",
+            ) from error
 
 
 def _targets(graph: JointGraph) -> list[fx.Node]:

@@ -10,7 +10,7 @@ from torch import fx
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.core import Block
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import LOSS_BLOCK, Target, UserInput, fix, info, is_float, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, Target, UserInput, fix, hint, info, is_float, value
 
 RMS_EPS = 1e-8
 
@@ -48,6 +48,20 @@ def label_input(graph: JointGraph) -> fx.Node:
             remedy="pass a 1-d int64 tensor of class indices",
         )
     return y
+
+
+def refuse_other_batches(values: Sequence[fx.Node], y: fx.Node) -> None:
+    """Values that are compared with the labels row by row have as many rows: not the nodes of several graphs."""
+    for node in values:
+        rows, labels = value(node).shape[0], value(y).shape[0]
+        if str(rows) != str(labels):
+            raise RuleError(
+                "this rule compares every row with a label of its own, and there are "
+                f"{hint(labels)} labels for {hint(rows)} rows, numbers that need not be the same",
+                node=node.name,
+                module=info(node).module,
+                remedy="give one label per row, or use a rule whose learning signal is the task's own loss (bp, dfa)",
+            )
 
 
 def float_input(graph: JointGraph) -> fx.Node:

@@ -16,6 +16,7 @@ from graphrewrite.passes.rules._local import (
     hidden_blocks,
     label_input,
     refuse_blocks_before,
+    refuse_other_batches,
 )
 from torch import fx
 from torch.nn import functional as F
@@ -84,11 +85,12 @@ class CounterCurrent(Rule):
         """One class per sample, and hidden blocks that have outputs."""
         known("normalise", self.normalise, ("auto", "always", "never"))
         known("activation", self.activation, ("elu", "relu", "tanh", "gelu", "identity"))
-        label_input(graph)
+        y = label_input(graph)
         class_count(graph, self.num_classes)
         hidden = hidden_blocks(graph)
         refuse_blocks_before(graph, hidden, self.name)
         refuse_silent_blocks(graph, [b.name for b in hidden])
+        refuse_other_batches([n for b in hidden for n in graph.boundaries(b.name)], y)
 
     def run(self, graph: JointGraph) -> PassResult:
         """Cut, build the label network from the top down, teach both where they meet."""

@@ -35,6 +35,7 @@ from graphrewrite.passes.rules._local import (
     hidden_blocks,
     label_input,
     refuse_blocks_before,
+    refuse_other_batches,
     rms_normalise,
 )
 from torch import fx
@@ -126,7 +127,7 @@ class ForwardForward(Rule):
         if not callable(self.negatives):
             known("negatives", self.negatives, ("random", "all", "hybrid"))
         x = float_input(graph)
-        label_input(graph)
+        refuse_other_batches([x], label_input(graph))
         classes = class_count(graph, self.num_classes)
         if classes < 2:
             raise RuleError(f"ff tells classes apart, the model has {classes}", remedy="give num_classes")

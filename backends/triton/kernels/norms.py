@@ -76,7 +76,7 @@ def parameters(
 ):  # fmt: skip
     """Partial sums over `per_program` rows of the gradients of weight and bias, one row of results per program."""
     part = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     weight_sum = tl.zeros((COLUMNS,), tl.float32)
     bias_sum = tl.zeros((COLUMNS,), tl.float32)

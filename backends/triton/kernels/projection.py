@@ -47,14 +47,14 @@ def _tile(
 def project(
     x, counter, out,
     x_row, x_column, rows, inner, features, elements, stream, scale, tuned_for,
-    DISTRIBUTION: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    LIMIT: tl.constexpr, DISTRIBUTION: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1).to(tl.int64) * COLUMNS
     column = first + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, inner, INNER):
+    for start in range(0, LIMIT, INNER):
         k = start + tl.arange(0, INNER)
         mask = (row < rows)[:, None] & (k < inner)[None, :]
         left = tl.load(x + row[:, None] * x_row + k.to(tl.int64)[None, :] * x_column, mask=mask, other=0.0)

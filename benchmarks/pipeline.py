@@ -1,0 +1,176 @@
+"""Two real processes that compute: a step's time over the ideal, for the engine's schedules on both kinds of stages.
+
+    python benchmarks/pipeline.py [--micro-batches 8]
+
+Eight GPT blocks, one thread per process. The ideal is half of the time that one process takes for the same batch,
+micro-batch by micro-batch, in the same run. `stock` stages are the eager modules with torch's own split; ours are
+compiled with `split_backward=True`, also under a schedule made for the F, I and W that were measured. Rounds are
+interleaved over schedules; medians.
+
+Writes `results/pipeline_<micro-batches>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import write
+from graphrewrite.backends.distributed import Pipeline, cut, optimise
+from graphrewrite.backends.distributed.pipeline import SINGLE, stages_of_rank
+from graphrewrite.backends.distributed.simulate import StageCost
+from overhead import Layer
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+import graphrewrite as gr
+
+WIDTH, HEADS, LAYERS, TOKENS = 256, 4, 8, 64
+STOCK = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")
+OURS = ("ZBVZeroBubble", "made")
+
+
+def mean_square(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs - targets).square().mean()
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Layer(WIDTH, HEADS) for _ in range(LAYERS)])
+
+
+def stock(schedule: str, micro_batches: int, outline: torch.Tensor) -> Callable[[Any, Any], Any]:
+    rank = dist.get_rank()
+    count = 2 if schedule in SINGLE else 4
+    size, layers = LAYERS // count, model()
+    stages = []
+    for index in stages_of_rank(schedule, rank, 2, count):
+        part = nn.Sequential(*layers[index * size : (index + 1) * size])
+        given = outline.clone().requires_grad_(index > 0)
+        out = outline.clone().requires_grad_()
+        stages.append(PipelineStage(part, index, count, torch.device("cpu"), input_args=(given,), output_args=(out,)))
+    runner = get_schedule_class(schedule)(
+        stages[0] if schedule in SINGLE else stages, micro_batches, loss_fn=mean_square, scale_grads=False
+    )
+    own = {stage.stage_index for stage in stages}
+    parameters = [p for stage in stages for p in stage.submod.parameters()]
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> None:
+        for p in parameters:
+            p.grad = None
+        named = {"target": y, "losses": []} if count - 1 in own else {}
+        runner.step(*([x] if 0 in own else []), return_outputs=False, **named)
+
+    return step
+
+
+def measured_costs(micro_batch: torch.Tensor) -> list[StageCost]:
+    """F, I and W of a quarter of the model, in this process alone."""
+    two = gr.compile(model()[: LAYERS // 4], split_backward=True, dynamic=None)
+    rows = []
+    for _ in range(5):
+        x = micro_batch.clone().requires_grad_()
+        times = [time.perf_counter()]
+        out = two(x)
+        times.append(time.perf_counter())
+        out.backward(torch.ones_like(out))
+        times.append(time.perf_counter())
+        two.backward_weight()
+        times.append(time.perf_counter())
+        rows.append([b - a for a, b in itertools.pairwise(times)])
+    found = torch.tensor([statistics.median(column) for column in zip(*rows[1:], strict=True)], dtype=torch.float64)
+    dist.broadcast(found, 0)
+    return [StageCost(*found.tolist())] * 4
+
+
+def ours(schedule: str, micro_batches: int, micro_batch: torch.Tensor) -> Callable[[Any, Any], Any]:
+    made = cut(model(), micro_batch, 4, blocks=[str(i) for i in range(LAYERS)])
+    chosen: Any = schedule
+    if schedule == "made":
+        chosen = optimise(measured_costs(micro_batch), [0, 1, 1, 0], micro_batches, width=0).actions
+    pipeline = Pipeline(made, chosen, micro_batches, loss=mean_square)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> None:
+        for p in pipeline.parameters():
+            p.grad = None
+        pipeline.step(x, y)
+
+    return step
+
+
+def work(rank: int, port: int, given: argparse.Namespace, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=200))
+    count = given.micro_batches
+    x, y = torch.randn(2 * count, TOKENS, WIDTH), torch.randn(2 * count, TOKENS, WIDTH)
+    micro_batch = x[:2]
+    outline = torch.empty(2, TOKENS, WIDTH, device="meta")
+    whole = copy.deepcopy(model())
+
+    def alone(x: torch.Tensor, y: torch.Tensor) -> None:
+        if rank:
+            return
+        for p in whole.parameters():
+            p.grad = None
+        for part, target in zip(x.split(2), y.split(2), strict=True):
+            (mean_square(whole(part), target) / count).backward()
+
+    steps: dict[str, Callable[[Any, Any], Any]] = {"one process": alone, "one process again": alone}
+    steps |= {f"stock {name}": stock(name, count, outline) for name in STOCK}
+    steps |= {f"ours {name}": ours(name, count, micro_batch) for name in OURS}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(given.rounds + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            started = time.perf_counter()
+            step(x, y)
+            dist.barrier()
+            if i:
+                times[name].append(time.perf_counter() - started)
+    if rank == 0:
+        results.put(times)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    given = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(work, (port, given, results), nprocs=2)
+    times = results.get()
+    ideal = statistics.median(times["one process"]) / 2
+    rows = [
+        {
+            "schedule": name,
+            "micro_batches": given.micro_batches,
+            "step_ms": round(statistics.median(taken) * 1e3, 2),
+            "low_ms": round(min(taken) * 1e3, 2),
+            "high_ms": round(max(taken) * 1e3, 2),
+            "over_ideal": round(statistics.median(taken) / ideal, 4),
+        }
+        for name, taken in times.items()
+    ]
+    for row in rows:
+        print(*(f"{k} {v}" for k, v in row.items()), sep="   ")
+    print("written to", write(f"pipeline_{given.micro_batches}", rows))
+
+
+if __name__ == "__main__":
+    main()
