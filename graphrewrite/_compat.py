@@ -99,17 +99,18 @@ def composites_of(program: torch.export.ExportedProgram) -> Iterator[None]:
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     present = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
     recurrent = recurrent_decompositions().keys()
-    every = exported_program._collect_all_valid_cia_ops
+    module: Any = exported_program
+    every = module._collect_all_valid_cia_ops
     if present & recurrent:
         yield
         return
     # what autocast brings in
     present |= {torch.ops.aten.to.dtype, *recurrent}
-    exported_program._collect_all_valid_cia_ops = lambda: every() & present
+    module._collect_all_valid_cia_ops = lambda: every() & present
     try:
         yield
     finally:
-        exported_program._collect_all_valid_cia_ops = every
+        module._collect_all_valid_cia_ops = every
 
 
 def traced_graph() -> torch.fx.Graph | None:
