@@ -4,7 +4,8 @@
 
 Test accuracy after every epoch, and the median over steps of the step time divided by backpropagation's on the same
 batch. Every rule, backpropagation too, has the learning rate of `--rates` that is best after `--tune-epochs` on 10,000
-training images, judged on the last 5,000 training images, which no run trains on. Writes `results/local_mnist.json`.
+training images, judged on the last 5,000 training images, which no run trains on. Writes `results/local_mnist.json`,
+or `--name`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def tuned(model: nn.Module, rules: list[str], data: Dataset, rates: list[float],
     best: dict[str, tuple[float, float]] = {}
     example = take(data.train, torch.arange(budget.batch))
     for rate in rates:
-        learners = side_by_side(model, rules, example, dataclasses.replace(budget, rate=rate), blocks="layers")
+        learners = side_by_side(model, rules, example, dataclasses.replace(budget, rate=rate))
         train(learners, data, budget)
         for one, rule in zip(learners, rules, strict=True):
             name = rule.partition("{")[0]
@@ -51,7 +52,9 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--tune-epochs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=55_000, help="training images to use")
+    parser.add_argument("--batch-norm", action="store_true", help="a batch norm behind each hidden layer")
     parser.add_argument("--rules", nargs="+", default=RULES)
+    parser.add_argument("--name", default="local_mnist", help="of the result file")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -59,13 +62,15 @@ def main() -> None:
     held_out = take(data.train, torch.arange(60_000 - HELD_OUT, 60_000))
     data = data._replace(train=take(data.train, torch.arange(min(given.samples, 60_000 - HELD_OUT))))
     sizes = [784, *[given.width] * given.hidden]
-    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    norm = nn.BatchNorm1d if given.batch_norm else nn.Identity
+    # one block each: with `layers`, a norm would be a block of its own
+    layers = [nn.Sequential(nn.Linear(a, b), norm(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
     model = nn.Sequential(*layers, nn.Linear(given.width, 10))
     screen = Dataset(take(data.train, torch.arange(min(10_000, given.samples))), held_out)
     rates = tuned(model, given.rules, screen, given.rates, Budget(given.tune_epochs, given.batch))
     budget = Budget(epochs=given.epochs, batch=given.batch, rates=rates)
     example = Split(data.train.x[: given.batch], data.train.y[: given.batch])
-    learners = side_by_side(model, given.rules, example, budget, blocks="layers")
+    learners = side_by_side(model, given.rules, example, budget)
     train(learners, data, budget)
     rows = []
     for rule, one in zip(given.rules, learners, strict=True):
@@ -80,8 +85,8 @@ def main() -> None:
         }
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()))
-    setting = {k: v for k, v in vars(given).items() if k not in ("data", "rules")}
-    print("written to", write("local_mnist", [{"setting": setting}, *rows]))
+    setting = {k: v for k, v in vars(given).items() if k not in ("data", "rules", "name")}
+    print("written to", write(given.name, [{"setting": setting}, *rows]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from typing import Any
 
@@ -11,12 +10,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import graphrewrite as gr
+from graphrewrite import testing
 from graphrewrite.analysis.blocks import assign_blocks
 from graphrewrite.capture import capture
 from graphrewrite.compiler import CLEANUP
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
 from graphrewrite.graph.interpret import interpret
+from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
     Buffer,
@@ -133,13 +134,9 @@ def find(graph, operator: str, *, block: str | None = None):
     ]
 
 
-def assert_golden(text: str, name: str) -> None:
-    """A printed graph as a reviewer saw it last. GRAPHREWRITE_REGENERATE=1 writes the file anew."""
-    path = pathlib.Path(__file__).parent / "golden" / f"{name}.txt"
-    if os.environ.get("GRAPHREWRITE_REGENERATE"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    assert text == path.read_text()
+def assert_golden(graph: JointGraph, name: str) -> None:
+    """A graph, printed, as a reviewer saw it last."""
+    testing.assert_golden(graph, pathlib.Path(__file__).parent / "golden" / f"{name}.txt")
 
 
 def train_step(compiled: gr.CompiledModule, x: Any, y: Any) -> dict[str, torch.Tensor]:

@@ -114,7 +114,7 @@ def test_conv_net_reads_the_mean_through_views_only():
 def test_golden_graph():
     x, y = batch()
     compiled = compiled_dual(net(nn.Tanh), x, y, "dual_propagation")
-    assert_golden(str(compiled.graph("operator")), "mlp_dual_propagation")
+    assert_golden(compiled.graph("operator"), "mlp_dual_propagation")
     assert len(find(compiled.graph("operator"), "tanh")) == 2  # the forward is as it was
 
 

@@ -105,7 +105,7 @@ def test_certificate_and_graph():
     assert hidden[0].weight_transport.path[-1] in ("parameter 2.weight", "parameter 4.weight")
     assert not last.weight_transport
     assert compiled.report().certificates.forward_passes == 2
-    assert_golden(str(compiled.graph("operator")), "mlp_foton")
+    assert_golden(compiled.graph("operator"), "mlp_foton")
 
 
 # --- orthonormalisation ----------------------------------------------------------------------------------------------

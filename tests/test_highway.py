@@ -209,7 +209,7 @@ def test_branches_do_not_wait_for_each_other():
 def test_golden_graph():
     model, x, y = case("relu", 2)
     compiled = compile_highway(model, x, y, "highway{k=1}")
-    assert_golden(str(compiled.graph("operator")), "residual_highway")
+    assert_golden(compiled.graph("operator"), "residual_highway")
 
 
 # --- maps of rules, bad input --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 
 import pytest
@@ -31,9 +30,17 @@ from graphrewrite.graph.text import operator_name
 from graphrewrite.graph.verify import verify
 from graphrewrite.testing import zoo
 from graphrewrite.testing.compare import call
-from helpers import assert_equal, aten_graph, eager_grads, find, forward_graph, grads_of, joint_graph, run
-
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+from helpers import (
+    assert_equal,
+    assert_golden,
+    aten_graph,
+    eager_grads,
+    find,
+    forward_graph,
+    grads_of,
+    joint_graph,
+    run,
+)
 
 
 def batch(n: int = 6):
@@ -347,15 +354,10 @@ def test_text_does_not_depend_on_edits_that_were_undone():
 
 @pytest.mark.parametrize("rule", ["bp", "dfa", "fa", "ff{peer=0}", "mono_forward"])
 def test_golden_graph(rule):
-    """What a rule does to a small net, for a reviewer to read. GRAPHREWRITE_REGENERATE=1 writes the files anew."""
+    """What a rule does to a small net, for a reviewer to read."""
     x, y = batch()
     compiled = gr.compile(mlp(), rule, example_inputs=x, example_targets=y, blocks="layers")
-    path = GOLDEN / f"mlp_{rule.partition('{')[0]}.txt"
-    text = str(compiled.graph("operator"))
-    if os.environ.get("GRAPHREWRITE_REGENERATE"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    assert text == path.read_text()
+    assert_golden(compiled.graph("operator"), f"mlp_{rule.partition('{')[0]}")
 
 
 def test_fake_values_are_symbolic_in_the_batch():

@@ -46,7 +46,7 @@ class UntrainedStateWatch:
             warnings.warn(
                 f"the optimizer does not train what rule {rule} learns: {', '.join(missing)}. "
                 "Build it on compiled.parameters() (or compiled.param_groups()), not on the parameters of the model",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _close(self) -> None:

@@ -127,10 +127,10 @@ class ForwardForward(Rule):
         if not callable(self.negatives):
             known("negatives", self.negatives, ("random", "all", "hybrid"))
         x = float_input(graph)
-        refuse_other_batches([x], label_input(graph))
         classes = class_count(graph, self.num_classes)
         if classes < 2:
             raise RuleError(f"ff tells classes apart, the model has {classes}", remedy="give num_classes")
+        refuse_other_batches([x], label_input(graph))
         hidden = hidden_blocks(graph)
         refuse_blocks_before(graph, hidden, self.name)
         refuse_silent_blocks(graph, [b.name for b in hidden])
