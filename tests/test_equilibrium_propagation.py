@@ -35,6 +35,17 @@ def pooled() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3)).double()
 
 
+class Gate(nn.Module):
+    """An activation of the product of two things that the state before it drives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.tanh(x * self.strength(torch.tanh(x)))
+
+
 class Skip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -189,6 +200,11 @@ def test_locality_is_as_certified():
         ),
         ("equilibrium_propagation", lambda: nn.Sequential(nn.Linear(4, 3)).double(), "before the one that computes"),
         ("equilibrium_propagation", lambda: nn.Sequential(nn.Linear(4, 4), Skip(), nn.Linear(4, 3)).double(), "a skip"),
+        (
+            "equilibrium_propagation",
+            lambda: nn.Sequential(nn.Linear(4, 4), Gate(), nn.Linear(4, 3)).double(),
+            "multiplies",
+        ),
     ],
 )
 def test_what_cannot_settle_is_refused(rule, make, text):

@@ -28,11 +28,14 @@ from graphrewrite.graph.nodes import (
     is_float,
     value,
 )
-from graphrewrite.graph.ops import ACTIVATIONS, call_operator
+from graphrewrite.graph.ops import ACTIVATIONS, MATMULS, call_operator
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
 FREE = NodeInfo(role=Role.SIGNAL, block=LOSS_BLOCK, stage="forward")
+
+
+PRODUCTS = MATMULS | {torch.ops.aten.mul.Tensor}
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def _states(graph: JointGraph, fail: Callable[[str, fx.Node], None] | None = Non
                 node = before
             if node.target in ACTIVATIONS and len(flat_inputs(node)) == 1:
                 _refuse_residual_sum(graph, block, flat_inputs(node)[0])
+                _refuse_products(graph, block)
                 found[node] = _State(node, flat_inputs(node)[0])
             else:
                 reasons.append((f"block {block} ends in no activation but in {node.target}: it has no state", node))
@@ -184,11 +188,27 @@ def _states(graph: JointGraph, fail: Callable[[str, fx.Node], None] | None = Non
     return list(found.values())
 
 
+def _moving(graph: JointGraph, operator: fx.Node) -> list[fx.Node]:
+    """What an operator reads that changes while the states settle."""
+    table = graph.table
+    return [n for n in flat_inputs(operator) if is_float(n) and table.requires_grad(n) and not table.is_weightlike(n)]
+
+
+def _refuse_products(graph: JointGraph, block: str) -> None:
+    """Attention and gates couple states with a strength that grows with the states: the energy has no lower bound."""
+    for node in graph.forward_nodes():
+        if info(node).block == block and node.target in PRODUCTS and len(_moving(graph, node)) > 1:
+            raise RuleError(
+                f"block {block} multiplies what depends on the states with one another: such states need not settle",
+                node=node.name,
+                module=info(node).module,
+                remedy="use predictive_coding, which needs no symmetric connections",
+            )
+
+
 def _refuse_residual_sum(graph: JointGraph, block: str, argument: fx.Node) -> None:
     """A skip couples two states with strength 1: they drive each other up without end."""
-    table = graph.table
-    moving = [n for n in flat_inputs(argument) if is_float(n) and table.requires_grad(n) and not table.is_weightlike(n)]
-    if argument.target in ADDITIONS and len(moving) > 1:
+    if argument.target in ADDITIONS and len(_moving(graph, argument)) > 1:
         raise RuleError(
             f"block {block} adds a skip in front of its activation: states coupled with strength 1 do not settle",
             node=argument.name,
@@ -199,8 +219,7 @@ def _refuse_residual_sum(graph: JointGraph, block: str, argument: fx.Node) -> No
 
 def _behind(graph: JointGraph, node: fx.Node) -> fx.Node | None:
     """The one activation of the same block that an operator reads; None if there are more, or it comes from outside."""
-    table = graph.table
-    read = [n for n in flat_inputs(node) if is_float(n) and table.requires_grad(n) and not table.is_weightlike(n)]
+    read = _moving(graph, node)
     if node.op != "call_function" or len(read) != 1 or read[0].op != "call_function":
         return None
     return read[0] if info(read[0]).block == info(node).block else None
