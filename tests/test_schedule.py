@@ -91,7 +91,7 @@ def test_drawing_has_a_bar_for_each_segment() -> None:
 def test_command_writes_every_form(run: Run, tmp_path: pathlib.Path) -> None:
     files = [tmp_path / name for name in ("s.html", "s.svg", "s.json")]
     words = ["--html", str(files[0]), "--svg", str(files[1]), "--trace", str(files[2])]
-    outcome = run("schedule", ":deep", "--rule", "ff", *words)
+    outcome = run("schedule", ":deep", "--rule", "mono_forward", *words)
     assert outcome.code == 0
     assert "early local backward" in outcome.out
     assert "peak of live bytes" in outcome.out
@@ -100,9 +100,9 @@ def test_command_writes_every_form(run: Run, tmp_path: pathlib.Path) -> None:
     assert "<script" not in text
     ET.parse(files[1])
     assert json.loads(files[2].read_text())["traceEvents"]
-    data = run("schedule", ":deep", "--rule", "ff", "--json").data
+    data = run("schedule", ":deep", "--rule", "mono_forward", "--json").data
     assert sum(s["operators"] for s in data["segments"]) == data["steps"] == len(data["operators"])
-    memory = run("memory", ":deep", "--rule", "ff", "--json").data
+    memory = run("memory", ":deep", "--rule", "mono_forward", "--json").data
     assert data["peak_bytes"] == memory["predicted_peak"]
     assert data["saved_bytes"] == memory["saved_bytes"]
 
