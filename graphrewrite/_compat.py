@@ -90,22 +90,21 @@ def recurrent_decompositions() -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def composites_of(program: torch.export.ExportedProgram) -> Iterator[None]:
+def composites_of(program: torch.export.ExportedProgram, table: dict[Any, Any]) -> Iterator[None]:
     """Let `run_decompositions` keep the composite operators whole that a program has.
 
     It replaces the kernels of all 500 that torch knows, which for a small model is a third of the time of a capture.
-    Decompositions of recurrent operators bring in others: they get all.
+    Where one of `table`, the decompositions of recurrent operators, is used, which brings in others, all are kept.
     """
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     present = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
-    recurrent = recurrent_decompositions().keys()
     module: Any = exported_program
     every = module._collect_all_valid_cia_ops
-    if present & recurrent:
+    if present & table.keys():
         yield
         return
     # what autocast brings in
-    present |= {torch.ops.aten.to.dtype, *recurrent}
+    present |= {torch.ops.aten.to.dtype, *table}
     module._collect_all_valid_cia_ops = lambda: every() & present
     try:
         yield

@@ -139,6 +139,20 @@ def assert_golden(graph: JointGraph, name: str) -> None:
     testing.assert_golden(graph, pathlib.Path(__file__).parent / "golden" / f"{name}.txt")
 
 
+class Cube(torch.autograd.Function):
+    """x^3, with a derivative written by hand."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * cotangent
+
+
 def train_step(compiled: gr.CompiledModule, x: Any, y: Any) -> dict[str, torch.Tensor]:
     """The gradients of one `compiled.loss`, by parameter; those without one are left out."""
     compiled.zero_grad()

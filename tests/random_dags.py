@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +15,18 @@ Instruction = tuple[int, int, int, int]
 """Operator, first operand, second operand, variant; all taken modulo what there is."""
 
 ACTIVATIONS = (torch.relu, torch.tanh, F.gelu, F.silu, F.softplus, torch.sigmoid, F.leaky_relu, torch.sin)
+
+
+def check(examples: int, *, derandomize: bool) -> settings:
+    """How much of what is random is tried."""
+    return settings(
+        max_examples=examples,
+        derandomize=derandomize,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
 
 
 class Dag(nn.Module):

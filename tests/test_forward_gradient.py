@@ -18,6 +18,7 @@ from graphrewrite.testing import zoo
 from graphrewrite.testing.compare import call
 from graphrewrite.testing.memory import equal_blocks, gradient_bytes, measured_peak
 from helpers import (
+    Cube,
     assert_close,
     assert_equal,
     assert_golden,
@@ -77,18 +78,6 @@ def test_push_forward_is_the_jacobian_vector_product(name):
     expected = sum((g * torch.cos(dict(case.model.named_parameters())[n])).sum() for n, g in
                    eager_grads(case.model, loss).items())  # fmt: skip
     assert abs(slope - expected) <= 1e-12 * max(abs(expected), 1)
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 3 * grad * x**2
 
 
 class Cubic(nn.Module):

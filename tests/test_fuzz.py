@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 from graphrewrite.passes.compression.compress_saved import build_codec
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import graphrewrite as gr
 from graphrewrite import registry
 from graphrewrite.compiler import CLEANUP
 from graphrewrite.testing import assert_same, eager_gradients, gradients
-from random_dags import WIDTH, Dag, programs
+from random_dags import WIDTH, Dag, check, programs
 
 RULES = [name for name, source in registry.known("rule").items() if source == "built in" and name != "forward_gnn"]
 EXACT = ["mask", "recompute", "cpu_offload"]
@@ -71,17 +71,6 @@ def pipelines(rules: list[str], codecs: list[str]) -> st.SearchStrategy[Pipeline
         passes=st.lists(st.sampled_from([*CLEANUP, "recompute_regions"]), max_size=6).map(tuple),
         verify=st.sampled_from(["structure", "numeric"]),
         seed=st.integers(0, 3),
-    )
-
-
-def profile(examples: int, *, derandomize: bool):
-    return settings(
-        max_examples=examples,
-        derandomize=derandomize,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
 
@@ -183,41 +172,41 @@ def assert_within_bounds(program: Any, codec: str, seed: int) -> None:
 
 
 @given(programs, pipelines(["bp"], EXACT))
-@profile(4, derandomize=True)
+@check(4, derandomize=True)
 def test_backpropagation_is_eager_mode_through_any_exact_pipeline(program, pipeline):
     assert_preserves(program, pipeline)
 
 
 @given(programs, pipelines(RULES, [*EXACT, *LOSSY, *APPROXIMATE]))
-@profile(4, derandomize=True)
+@check(4, derandomize=True)
 def test_any_pipeline_trains_or_is_refused(program, pipeline):
     assert_survives(program, pipeline)
 
 
 @pytest.mark.slow
 @given(programs, pipelines(["bp"], EXACT))
-@profile(150, derandomize=False)
+@check(150, derandomize=False)
 def test_backpropagation_is_eager_mode_through_any_exact_pipeline_in_full(program, pipeline):
     assert_preserves(program, pipeline)
 
 
 @pytest.mark.slow
 @given(programs, pipelines(RULES, [*EXACT, *LOSSY, *APPROXIMATE]))
-@profile(150, derandomize=False)
+@check(150, derandomize=False)
 def test_any_pipeline_trains_or_is_refused_in_full(program, pipeline):
     assert_survives(program, pipeline)
 
 
 @pytest.mark.slow
 @given(programs, pipelines([rule for rule in RULES if rule != "bp"], EXACT))
-@profile(100, derandomize=False)
+@check(100, derandomize=False)
 def test_a_rule_is_itself_through_any_exact_pipeline(program, pipeline):
     assert_preserves(program, pipeline)
 
 
 @pytest.mark.slow
 @given(programs, st.sampled_from(LOSSY), st.integers(0, 3))
-@profile(60, derandomize=False)
+@check(60, derandomize=False)
 def test_codecs_keep_their_bounds_on_what_is_saved(program, codec, seed):
     assert_within_bounds(program, codec, seed)
 

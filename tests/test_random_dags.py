@@ -6,26 +6,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from torch import nn
 
 import graphrewrite as gr
 from graphrewrite.graph.text import operator_name
 from graphrewrite.testing.compare import assert_same, assert_trains_like_eager, gradients
-from random_dags import WIDTH, Dag, programs
-
-CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
-
-
-def check(examples: int, *, derandomize: bool):
-    return settings(
-        max_examples=examples,
-        derandomize=derandomize,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        suppress_health_check=CHECKS,
-    )
+from random_dags import WIDTH, Dag, check, programs
 
 
 def batches():

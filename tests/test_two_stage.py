@@ -495,15 +495,20 @@ def test_compression_composes(compress):
     assert two.program().partition.held_bytes == two.report().held_bytes
 
 
-def pair_of_steps(one: gr.CompiledModule, two: gr.CompiledModule) -> None:
+def pair_of_backwards(one: gr.CompiledModule, two: gr.CompiledModule, *shape: int) -> None:
     """One backward of each on the same numbers; the gradients of the inputs are compared bitwise."""
-    x, cotangent = torch.randn(2, 4, 16), torch.randn(2, 4, 16)
+    x, cotangent = torch.randn(shape), torch.randn(shape)
     found = []
     for compiled in (one, two):
         own = x.clone().requires_grad_()
         compiled(own).backward(cotangent)
         found.append(own.grad)
     assert_same(found[1], found[0], "gradient of the input")
+
+
+def pair_of_steps(one: gr.CompiledModule, two: gr.CompiledModule) -> None:
+    """One step of each on the same numbers."""
+    pair_of_backwards(one, two, 2, 4, 16)
     assert two.report().held_bytes == two._weights.pending[0].nbytes
     two.backward_weight()
 
@@ -532,14 +537,9 @@ def test_held_cotangents_can_be_encoded(options):
     one, two = twins(Stage(width=128))
     one = gr.compile(one.module, split_backward=True, **options)
     two = gr.compile(two.module, split_backward="split_backward{codec=int8}", **options)
-    x, cotangent = torch.randn(4, 8, 128), torch.randn(4, 8, 128)
-    found = []
+    pair_of_backwards(one, two, 4, 8, 128)
     for compiled in (one, two):
-        own = x.clone().requires_grad_()
-        compiled(own).backward(cotangent)
-        found.append(own.grad)
         compiled.backward_weight()
-    assert_same(found[1], found[0], "gradient of the input")
     cotangents = [row for row in two.report().held if row.kind == "cotangent" and row.nbytes]
     assert cotangents
     assert all(row.codec == "int8" for row in cotangents)

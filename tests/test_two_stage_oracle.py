@@ -13,20 +13,9 @@ from torch.nn import functional as F
 
 import graphrewrite as gr
 from graphrewrite.testing.compare import assert_same
+from helpers import Cube
 
 WIDTH = 6
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * cotangent
 
 
 class Stage(nn.Module):

@@ -73,7 +73,7 @@ def _goodness(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _random_product(
     x: torch.Tensor, counter: torch.Tensor, stream: int, features: int, distribution: str, bound: float
 ) -> torch.Tensor:
-    number = torch.stack([counter[0], counter[0] * 0, counter[0] * 0])
+    number = _feedback.same_at_every_step(counter)
     scale = bound if distribution == "uniform" else bound / math.sqrt(3.0)
     found: torch.Tensor = ours.random_projection(x, number, stream, features, distribution, scale, False)
     return found

@@ -8,10 +8,10 @@ a comparison the other way. That table is here.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
@@ -25,7 +25,6 @@ from graphrewrite.graph.nodes import (
     State,
     dense_order,
     info,
-    is_backward,
     is_getitem,
     producer,
     runs_last,
@@ -125,7 +124,10 @@ class SavedValue:
         readings: Who reads it in the backward.
         closed: Why nothing may be done about it; "" if something may.
         of_parameters: Whether it is computed from parameters alone.
+        spares_the_loss: Whether values of the loss are left as they are: all gradients come from them.
     """
+
+    spares_the_loss: ClassVar[bool] = True
 
     node: fx.Node
     nbytes: int
@@ -156,7 +158,7 @@ class SavedValue:
                 return f"{operator_name(one.reader)} ({one.what})" if one.what else operator_name(one.reader)
         if self.of_parameters:
             return "what is computed from parameters alone"
-        if info(self.node).block == LOSS_BLOCK:
+        if self.spares_the_loss and info(self.node).block == LOSS_BLOCK:
             return "the loss, of which an error would reach every gradient,"
         return ""
 
@@ -189,10 +191,7 @@ def saved_values(graph: JointGraph, part: Partition | None = None) -> list[Saved
 class HeldValue(SavedValue):
     """A value that the first stage of a split backward leaves for the weight stage: an error reaches few gradients."""
 
-    @property
-    def needed_exactly(self) -> str:
-        """Which operator needs the exact numbers; those of the loss do not matter more than others here."""
-        return "" if super().needed_exactly.startswith("the loss,") else super().needed_exactly
+    spares_the_loss = False
 
 
 def held_values(graph: JointGraph) -> list[SavedValue]:
@@ -205,7 +204,7 @@ def held_values(graph: JointGraph) -> list[SavedValue]:
         HeldValue(
             node,
             one.nbytes,
-            tuple(_readings(node, runs_last)),
+            tuple(_readings(node, held=True)),
             _closed(node, False, node in results, node in written),
         )
         for node, one in stored.items()
@@ -245,8 +244,9 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(value(node), torch.SymInt)
 
 
-def _readings(node: fx.Node, later: Callable[[fx.Node], bool] = runs_later) -> Iterator[Reading]:
-    for alias in (node, *views_of(node, is_backward if later is runs_later else later)):
+def _readings(node: fx.Node, *, held: bool = False) -> Iterator[Reading]:
+    later = runs_last if held else runs_later
+    for alias in (node, *views_of(node, held=held)):
         for user in alias.users:
             if later(user):
                 yield _reading(user, alias)

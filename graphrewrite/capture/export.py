@@ -139,8 +139,9 @@ def _export_as_is(wrapper: _Traced, args: tuple[Any, ...], shapes: Any) -> Expor
         program = torch.export.export(wrapper, args, dynamic_shapes=shapes, strict=False)
         _detach_no_grad_regions(program.graph_module)
         # inside the caller's autocast: outside of it the casts would be lost
-        with composites_of(program):
-            decomposed: ExportedProgram = program.run_decompositions(recurrent_decompositions())
+        table = recurrent_decompositions()
+        with composites_of(program, table):
+            decomposed: ExportedProgram = program.run_decompositions(table)
         return decomposed
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import fx
 
-from graphrewrite.graph.nodes import is_backward, is_getitem, value
+from graphrewrite.graph.nodes import is_backward, is_getitem, runs_last, value
 
 aten = torch.ops.aten
 
@@ -70,8 +70,12 @@ def view_chain(node: fx.Node) -> list[fx.Node]:
     return chain[::-1]
 
 
-def views_of(node: fx.Node, later: Callable[[fx.Node], bool] = is_backward) -> list[fx.Node]:
-    """The views of a value, and their views, each behind what it looks at, but for those that run `later`."""
+def views_of(node: fx.Node, *, held: bool = False) -> list[fx.Node]:
+    """The forward's views of a value, and their views, each behind what it looks at.
+
+    With `held`: those of both first stages of a split backward.
+    """
+    later = runs_last if held else is_backward
     found: list[fx.Node] = []
     stack = [node]
     while stack:

@@ -641,7 +641,7 @@ class JointGraph(GraphCore):
         if self.level != "aten":
             raise RuleError("encode_saved works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
         reads = runs_last if held else runs_later
-        aliases = [node, *views_of(node, runs_last if held else is_backward)]
+        aliases = [node, *views_of(node, held=held)]
         wanted = {
             alias: [user for user in alias.users if reads(user) and (readers is None or user in readers)]
             for alias in aliases

@@ -31,7 +31,6 @@ from graphrewrite.graph.nodes import (
     UserInput,
     UserOutput,
 )
-from graphrewrite.graph.verify import has_random
 from graphrewrite.inputs import Inputs
 from graphrewrite.runtime.program import Program
 from graphrewrite.runtime.signature import Call
@@ -203,7 +202,7 @@ def _prepare(compiled: CompiledModule, kind: Any, inputs: Inputs, targets: Any, 
 
 def _check_samples(compiled: CompiledModule, chunk: _Chunk, inputs: Inputs, outputs: Sequence[Any]) -> None:
     """Whether the first chunk's outputs are those of its halves; not asked where random numbers differ anyway."""
-    if chunk.count > 1 and not has_random(chunk.program.captured.graph):
+    if chunk.count > 1 and not chunk.program.draws:
         with torch.no_grad():
             halves = [
                 pytree.tree_leaves(compiled.module(*half.args, **half.kwargs))
@@ -217,7 +216,7 @@ def _check_samples(compiled: CompiledModule, chunk: _Chunk, inputs: Inputs, outp
 
 def _check_mean(compiled: CompiledModule, chunk: _Chunk, inputs: Inputs, targets: Any) -> None:
     """Whether the first chunk's loss is the mean of its halves'."""
-    if chunk.count > 3 and not has_random(chunk.program.captured.graph):
+    if chunk.count > 3 and not chunk.program.draws:
         (n, parts), found = split(inputs, targets, 2), []
         whole = compiled.loss_without_backward(inputs, targets)
         for half, target, count in parts:
@@ -252,7 +251,7 @@ def _drawing(chunk: _Chunk) -> Iterator[None]:
 
 
 def _remember(compiled: CompiledModule, chunk: _Chunk) -> None:
-    if has_random(chunk.program.captured.graph):
+    if chunk.program.draws:
         chunk.generators["cpu"] = torch.get_rng_state()
         for device in {p.device for p in compiled.module.parameters() if p.device.type == "cuda"}:
             chunk.generators[str(device)] = torch.cuda.get_rng_state(device)

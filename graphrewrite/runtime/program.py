@@ -24,6 +24,7 @@ from graphrewrite.graph.nodes import (
     info,
 )
 from graphrewrite.graph.partition import Partition
+from graphrewrite.graph.verify import has_random
 from graphrewrite.pipeline import PassRecord
 from graphrewrite.runtime.concat import ConcatPlan
 from graphrewrite.runtime.two_stage import MicroBatch, WeightQueue
@@ -66,9 +67,12 @@ class Program:
     """How `step_blocks` runs it, by the block that is trained alone; None: all blocks."""
     samples_checked: bool = field(init=False, default=False)
     """Whether a step in chunks has found that samples do not see each other."""
+    draws: bool = field(init=False)
+    """Whether the forward draws from torch's generators."""
 
     def __post_init__(self) -> None:
         part = self.partition
+        self.draws = has_random(self.captured.graph)
         self.differentiable = [spec.of for spec in part.backward_outputs if isinstance(spec, Grad)]
         self.positions = {spec: i for i, spec in enumerate(part.forward_inputs)}
         self._diff_slots = [self.positions.get(spec, -1) for spec in self.differentiable]

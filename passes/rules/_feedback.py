@@ -38,11 +38,16 @@ def fill_feedback(distribution: str, bound: float) -> Fill:
     raise RuleError(f"distribution={distribution!r} is unknown", remedy="use 'uniform' or 'normal'")
 
 
+def same_at_every_step(counter: torch.Tensor) -> torch.Tensor:
+    """The random counter without step and rank."""
+    return torch.stack([counter[0], counter[0] * 0, counter[0] * 0])
+
+
 def random_product(
     x: torch.Tensor, counter: torch.Tensor, stream: int, features: int, distribution: str, bound: float
 ) -> torch.Tensor:
     """`x @ B` for feedback weights B that are drawn for this product: the same at every step, on every rank."""
-    number = torch.stack([counter[0], counter[0] * 0, counter[0] * 0])
+    number = same_at_every_step(counter)
     size, work = [x.shape[-1], features], torch.promote_types(x.dtype, torch.float32)
     if distribution == "uniform":
         drawn = (2 * random.uniform(number, stream, size, work) - 1) * bound
