@@ -509,6 +509,30 @@ def test_cotangent_with_other_strides():
         assert torch.equal(p.grad, q.grad)
 
 
+class DropsTransposed(nn.Module):
+    """Dropout of a transposed value, behind a linear layer and behind a convolution of images in channels-last form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.mix, self.head = nn.Linear(16, 16), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = F.dropout(self.conv(x), 0.3)
+        h = F.dropout(self.mix(h.flatten(2)).transpose(1, 2), 0.5)
+        return self.head(h).mean(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"compress": "mask"}])
+def test_dropout_draws_in_the_order_of_memory(options):
+    """In place, as eager mode draws, and along the shape are other numbers if a value is transposed."""
+    x, y = torch.randn(5, 3, 4, 4), torch.randint(0, 4, (5,))
+    one = (x[:1].contiguous(memory_format=torch.channels_last), y[:1])
+    assert_trains_like_eager(
+        DropsTransposed(), [(x, y), (x.contiguous(memory_format=torch.channels_last), y), one], **options
+    )
+
+
 # --- runtime -------------------------------------------------------------------------------------------------------
 
 

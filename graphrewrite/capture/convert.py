@@ -31,9 +31,11 @@ from graphrewrite.graph.nodes import (
     UserInput,
     UserOutput,
     ancestors,
+    dense_order,
     info,
     is_float,
     is_getitem,
+    value,
 )
 
 REGION = "graphrewrite_checkpoint"
@@ -171,9 +173,21 @@ class _Converter:
                 _in_form_of, [cast("fx.Node", a) for a in args[:2]], like=self._info(node)
             )
             return
+        if target is torch.ops.aten.bernoulli.p and (order := _memory_order(args[0])):
+            self.env[node] = self._drawn_in_memory_order(node, args, order)
+            return
         self.env[node] = self.graph.emit(
             target, args, kwargs, like=self._info(node), name=node.name, val=node.meta.get("val")
         )
+
+    def _drawn_in_memory_order(self, node: fx.Node, args: Any, order: tuple[int, ...]) -> fx.Node:
+        """A mask for what is transposed: dropout fills it in place, along memory; `bernoulli` goes along the shape."""
+        like, permute = self._info(node), torch.ops.aten.permute.default
+        empty = args[0]
+        turned = self.graph.emit(permute, (empty.args[0], list(order)), like=like)
+        turned = self.graph.emit(empty.target, (turned,), empty.kwargs, like=like)
+        drawn = self.graph.emit(node.target, (turned, *args[1:]), node.kwargs, like=like, name=node.name)
+        return self.graph.emit(permute, (drawn, [order.index(d) for d in range(len(order))]), like=like)
 
     @staticmethod
     def _info(node: fx.Node) -> NodeInfo:
@@ -304,6 +318,14 @@ def _merge_casts(graph: JointGraph) -> None:
         first = known.setdefault(key, node)
         if first is not node:
             graph.substitute(node, first)
+
+
+def _memory_order(empty: fx.Node) -> tuple[int, ...] | None:
+    """The dimensions of an `empty_like` from the slowest in memory to the fastest; None if they are listed so."""
+    if empty.target is not torch.ops.aten.empty_like.default:
+        return None
+    order = dense_order(value(empty))
+    return None if order == tuple(range(value(empty).ndim)) else order
 
 
 def _is_parameter(node: Any) -> bool:

@@ -190,6 +190,9 @@ def dropout_scale(node: fx.Node) -> tuple[str, float] | None:
         name = getattr(node.target, "__name__", "").split(".")[0].rstrip("_")
         if name == "bernoulli":
             return scale
+        if name == "permute":
+            node = node.args[0]  # type: ignore[assignment]
+            continue
         if name not in ("div", "mul") or scaled or not isinstance(node.args[0], fx.Node):
             return None
         factor = node.args[1]
