@@ -533,6 +533,26 @@ def test_dropout_draws_in_the_order_of_memory(options):
     )
 
 
+class LearnedBias(nn.Module):
+    """Attention whose mask is a parameter, heads merged by `transpose` and `reshape`, as in Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 4)
+        self.bias = nn.Parameter(torch.randn(2, 5, 5))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[None, :, : x.shape[1], : x.shape[1]])
+        return self.out(h.transpose(1, 2).contiguous().reshape(*x.shape[:2], 8)).mean(1)
+
+
+def test_attention_with_a_trained_mask():
+    assert_trains_like_eager(
+        LearnedBias(), [(torch.randn(n, t, 8), torch.randint(0, 4, (n,))) for n, t in ((3, 5), (3, 5), (2, 4), (1, 5))]
+    )
+
+
 # --- runtime -------------------------------------------------------------------------------------------------------
 
 

@@ -267,9 +267,15 @@ def is_custom(target: Any) -> bool:
 
 
 def call_operator(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run one operator of a graph; a custom function runs through the user's own `apply`, with autograd."""
+    """Run one operator of a graph; a custom function runs through the user's own `apply`, with autograd.
+
+    A view of what does not lie in memory as it did at the capture is a copy: attention writes its result in another
+    order where its mask gets a gradient, and export does not see that.
+    """
     if is_custom(target):
         return _CALLS[target](*args, **kwargs)
+    if target is torch.ops.aten.view.default:
+        return args[0].reshape(args[1])
     return target(*args, **kwargs)
 
 
