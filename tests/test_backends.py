@@ -214,7 +214,14 @@ def test_triton_takes_what_its_checkers_accept():
 
 
 @WITH_TRITON
-@pytest.mark.parametrize("codec", ["hadamard{group=16}", "int4{group=16}", 'int8{group=16,rounding="stochastic"}'])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        pytest.param("hadamard{group=16}", marks=pytest.mark.slow),
+        "int4{group=16}",
+        'int8{group=16,rounding="stochastic"}',
+    ],
+)
 def test_codecs_are_kernels_and_the_same_bits(codec):
     """Gradients from saved tensors that a kernel encoded are those of the codec, bit by bit."""
     model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3))
@@ -250,8 +257,8 @@ def pair_of(model: nn.Module, rule: str = "bp", **options) -> tuple[gr.CompiledM
     ("activation", "compress", "fused"),
     [
         (nn.GELU(), "fewbit", True),
-        (nn.GELU("tanh"), "fewbit{bits=4}", True),
-        (nn.SiLU(), "approx_bp", True),
+        pytest.param(nn.GELU("tanh"), "fewbit{bits=4}", True, marks=pytest.mark.slow),
+        pytest.param(nn.SiLU(), "approx_bp", True, marks=pytest.mark.slow),
         (nn.Softplus(), "fewbit{bits=2}", False),
     ],
 )
@@ -299,7 +306,7 @@ def test_memory_sharing_norms_are_kernels(norm, kernels):
 
 
 @WITH_TRITON
-@pytest.mark.parametrize("sketch", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("sketch", ["rademacher", pytest.param("gaussian", marks=pytest.mark.slow)])
 def test_sketches_of_linear_layers_are_kernels(sketch):
     """The same random numbers, and no random matrix in the graph."""
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5), nn.GELU(), nn.Linear(5, 3))
@@ -332,7 +339,7 @@ def test_forward_forward_is_on_kernels(goodness):
 
 
 @WITH_TRITON
-@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+@pytest.mark.parametrize("distribution", ["uniform", pytest.param("normal", marks=pytest.mark.slow)])
 def test_generated_feedback_is_drawn_in_the_product(distribution):
     """No feedback weights are stored, and with our kernels they are not in the graph either."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))

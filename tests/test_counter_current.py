@@ -100,7 +100,9 @@ def test_generated_mirrors_where_the_block_is_no_chain():
     assert_close(gradients(model), gradients(reference), 1e-8)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "vit", "bert", "gcn"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet", "vit", "bert", "gcn"))]
+)
 def test_models(name):
     case = zoo.make(name)
     x, y = case.batch(case.sizes[0])

@@ -20,7 +20,7 @@ def batches():
 
 
 @given(programs)
-@check(16, derandomize=True)
+@check(8, derandomize=True)
 def test_gradients_are_those_of_eager_mode(program):
     assert_trains_like_eager(Dag(program), batches(), through="loss")
 
@@ -42,7 +42,7 @@ def assert_same_gradients(left: nn.Module, right: nn.Module) -> None:
 
 
 @given(programs, programs)
-@check(3, derandomize=True)
+@check(2, derandomize=True)
 def test_composition(first, second):
     assert_composes(first, second)
 

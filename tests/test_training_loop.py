@@ -439,7 +439,7 @@ def next_gradients(compiled: gr.CompiledModule) -> dict[str, torch.Tensor]:
     return gradients(compiled)
 
 
-STATEFUL = ["bp", "dfa", "ff", "ff{readout=all}"]
+STATEFUL = ["bp", "dfa", pytest.param("ff", marks=pytest.mark.slow), "ff{readout=all}"]
 
 
 @pytest.mark.parametrize("rule", STATEFUL)

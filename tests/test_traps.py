@@ -357,7 +357,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_checkpoint_has_the_same_gradients(reentrant, dropout):
     model = Checkpointed(reentrant, dropout)
     batches = two_batches()
