@@ -22,14 +22,18 @@ WITH_TRITON = pytest.mark.skipif(
 
 
 def assert_near(actual: dict, expected: dict) -> None:
-    """Equal up to float32 rounding, relative to the largest gradient of the model."""
+    """Equal up to float32 rounding.
+
+    Of sums that cancel (the gradient of a bias in front of a batch norm is 0) nothing but rounding is left: 1e-6 of the
+    model's largest gradient, 8 times what one rounding of that costs.
+    """
     scale = max(g.abs().max() for g in expected.values() if g is not None)
     assert set(actual) == set(expected)
     for name, gradient in expected.items():
         assert (gradient is None) == (actual[name] is None), name
         if gradient is not None:
             gap = (actual[name] - gradient).abs().max()
-            assert gap <= 1e-5 * max(gradient.abs().max(), 0.01 * scale), f"{name} is off by {gap:.3g}"
+            assert gap <= 1e-5 * max(gradient.abs().max(), 0.1 * scale), f"{name} is off by {gap:.3g}"
 
 
 def compare(name: str, rule: str, backend: str, sizes: tuple[int, ...] | None = None) -> gr.CompiledModule:
