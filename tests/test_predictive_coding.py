@@ -166,6 +166,30 @@ def test_fixed_predictions_go_to_backpropagation(variant):
     assert_close(found, eager_grads(model, F.cross_entropy(model(x), y)), rtol=1e-14 if variant == "exact" else 2e-7)
 
 
+class Dense(nn.Module):
+    """A class per pixel, whose loss reads the input's sizes; a skip around the pooling that its own block ends in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.up = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = torch.tanh(self.down(x))
+        c = F.interpolate(torch.tanh(self.middle(F.avg_pool2d(a, 2))), scale_factor=2.0)
+        return self.up(torch.cat([c, a], 1)).movedim(1, -1)
+
+
+@pytest.mark.parametrize("variant", ["exact", pytest.param("fixed,step_size=1.0,steps=4", marks=SLOW)])
+def test_skips_and_a_loss_per_pixel(variant):
+    model = Dense().double()
+    x, y = torch.randn(2, 1, 4, 4).double(), torch.randint(0, 3, (2, 4, 4))
+    loss = lambda out, y: F.cross_entropy(out.reshape(-1, 3), y.reshape(-1))  # noqa: E731
+    rule = f"predictive_coding{{variant={variant}}}"
+    compiled = gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y, loss=loss)
+    assert_close(train_step(compiled, x, y), eager_grads(model, loss(model(x), y)), rtol=1e-12)
+
+
 @SLOW
 def test_a_weak_nudge_is_backpropagation_in_the_limit():
     model = mlp()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from graphrewrite.passes.rules._energy import Layer, layers_of, settled_blocks
-from graphrewrite.passes.rules._replay import trained_leaves
+from graphrewrite.passes.rules._replay import Replay, trained_leaves
 from torch import fx
 
 from graphrewrite.errors import RuleError
@@ -40,7 +40,8 @@ class PredictiveCoding(Rule):
 
     Variants: `"strict"` as above; `"fixed"` keeps predictions and derivatives those of the forward pass, so that
     e_l <- (1 - step_size) e_l + step_size J_{l+1}^T e_{l+1}, which goes to backpropagation with more steps;
-    `"exact"` is fixed with step size 1 and as many steps as there are blocks: backpropagation, up to rounding.
+    `"exact"` is fixed with step size 1 and as many steps as states lie one behind the other: backpropagation, up to
+    rounding.
 
     `incremental` updates the weights in every step, by -rate dF/dw / beta, as iPC does. The gradient is the sum of what
     was moved, so that SGD with learning rate `rate` ends where the loop ended; the loop works on copies.
@@ -146,8 +147,17 @@ class _System:
             given = dict(zip([*inputs, *range(len(extra))], values[count:], strict=True))
             return step(held, given)
 
-        steps = len(self.layers) if self.rule.variant == "exact" else self.rule.steps
+        steps = self._depth() if self.rule.variant == "exact" else self.rule.steps
         return self.graph.repeat(body, start, steps, inputs=[*inputs, *extra], like=SETTLE)
+
+    def _depth(self) -> int:
+        """The most states one behind the other: two boundaries of one block may be, as in a skip around its pooling."""
+        depths: dict[fx.Node, int] = {}
+        rank = {node: i for i, node in enumerate(self.graph.nodes)}
+        for state in sorted(self.states, key=rank.__getitem__):
+            read = Replay(self.graph, [state], self.states, self.rule.name).reads
+            depths[state] = 1 + max((depths[before] for before in read), default=0)
+        return max(depths.values())
 
     def _strict_step(self, held: Mapping[fx.Node, torch.Tensor], given: Mapping[Any, torch.Tensor]) -> list[Any]:
         change = {state: torch.zeros_like(v) for state, v in held.items()}
