@@ -375,10 +375,19 @@ def test_no_activation_is_held():
     assert peaks[1] < 5 * x.numel() * 4
 
 
-@pytest.mark.parametrize("rule", ["zeroth_order", pytest.param("zeroth_order{method=stein,queries=3}", marks=SLOW)])
-def test_zo_step_takes_the_memory_of_inference(rule):
-    model = equal_blocks(6, 32)
-    x, y = torch.randn(2048, 32), torch.randint(0, 10, (2048,))
+@pytest.mark.parametrize(
+    ("width", "samples", "rule"),
+    [
+        pytest.param(32, 2048, "zeroth_order", marks=SLOW),
+        pytest.param(32, 2048, "zeroth_order{method=stein,queries=3}", marks=SLOW),
+        # the room that 256 numbers at a time need, and weights that are a thousand times a sample
+        (32, 128, "zeroth_order{distribution=sign}"),
+        (512, 64, "zeroth_order"),
+    ],
+)
+def test_zo_step_takes_the_memory_of_inference(width, samples, rule):
+    model = equal_blocks(3, width)
+    x, y = torch.randn(samples, width), torch.randint(0, 10, (samples,))
     compiled = gr.compile(model, rule, example_inputs=x, example_targets=y)
     known = [*model.parameters(), x, y]
 
@@ -388,6 +397,30 @@ def test_zo_step_takes_the_memory_of_inference(rule):
 
     assert peak_bytes(lambda: compiled.zo_step(x, y, 1e-3), known) <= 1.05 * peak_bytes(infer, known)
     assert all(p.grad is None for p in model.parameters())
+
+
+@SLOW
+def test_zo_step_of_a_single_sample_takes_a_share_of_the_weights():
+    model = equal_blocks(3, 512)
+    x, y = torch.randn(1, 512), torch.randint(0, 10, (1,))
+    compiled = gr.compile(model, "zeroth_order", example_inputs=x, example_targets=y)
+    extra = peak_bytes(lambda: compiled.zo_step(x, y, 1e-3), [*model.parameters(), x, y])
+    assert extra <= 0.05 * gradient_bytes(model)
+
+
+@SLOW
+def test_zo_step_moves_weights_of_any_layout_alike():
+    """Nothing of the size of a weight is made, whatever the order of its elements in memory."""
+    ends = []
+    x, y = torch.randn(2, 16, 4, 4), torch.randint(0, 3, (2,))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Flatten(), nn.Linear(256, 3)).to(memory_format=layout)
+        compiled = gr.compile(model, "zeroth_order", example_inputs=x, example_targets=y)
+        known = [*model.parameters(), x, y]
+        assert peak_bytes(lambda c=compiled: c.zo_step(x, y, 0.1), known) < 0.25 * model[0].weight.nbytes
+        ends.append(dict(model.state_dict()))
+    assert_close(*ends, rtol=1e-5)
 
 
 # --- steps in place ------------------------------------------------------------------------------------------------
