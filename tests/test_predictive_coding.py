@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -346,3 +348,41 @@ def test_a_single_block_is_refused():
             example_inputs=torch.randn(5, 4),
             example_targets=torch.zeros(5).long(),
         )
+
+
+@pytest.mark.parametrize(
+    ("rule", "left", "enough"),
+    [
+        ("predictive_coding{steps=2}", "to 0,", "steps=3"),
+        *[
+            pytest.param(*case, marks=SLOW)
+            for case in [
+                ("predictive_coding{variant=fixed,steps=1}", "to 0, 2,", "steps=3"),
+                ("predictive_coding{incremental=true,steps=2}", "to 0, 2,", "steps=4"),
+                ("equilibrium_propagation{nudged_steps=2}", "to 0,", "nudged_steps=3"),
+            ]
+        ],
+    ],
+)
+def test_steps_that_leave_blocks_untaught_warn(rule, left, enough):
+    """One block per step: what the warning names has no gradient, with as many steps as it asks for all have one."""
+    model = mlp()
+    x, y = batch(model)
+    with pytest.warns(UserWarning, match=f"does not bring it {left}.* from {enough} on"):
+        found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
+    named = left.removeprefix("to ").rstrip(",").split(", ")
+    assert {name.split(".")[0] for name, g in found.items() if not g.any()} == {*named}
+    rule = re.sub(r"(nudged_)?steps=\d+", enough, rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
+    assert all(g.any() for g in found.values())
+
+
+@SLOW
+def test_weights_do_not_move_by_an_empty_batch():
+    model = mlp()
+    x, y = batch(model)
+    compiled = gr.compile(model, "predictive_coding{incremental=true}", blocks="layers")
+    with pytest.raises(gr.RuleError, match="the batch is empty"):
+        compiled.loss(x[:0], y[:0])

@@ -538,6 +538,13 @@ def test_options_that_make_no_sense(options, text):
         gr.compile(model, f"zeroth_order{{{options}}}", example_inputs=x, example_targets=y)
 
 
+def test_differences_that_rounding_swallows_warn():
+    model = nn.Linear(4, 3).to(torch.bfloat16)
+    x, y = torch.randn(5, 4, dtype=torch.bfloat16), torch.randint(0, 3, (5,))
+    with pytest.warns(UserWarning, match=r"scale=0.001 .* rounded to 0.0078 of themselves in bfloat16"):
+        gr.compile(model, "zeroth_order", example_inputs=x, example_targets=y)
+
+
 def test_few_queries_for_many_weights_warn_with_the_variance():
     model = nn.Linear(100, 20)
     x, y = torch.randn(4, 100), torch.randint(0, 20, (4,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,32 @@ def settled_blocks(graph: JointGraph) -> dict[str, list[fx.Node]]:
             if graph.crossing(boundary, loss=False):
                 found.setdefault(block.name, []).append(boundary)
     return found
+
+
+def read_by(graph: JointGraph, states: Sequence[fx.Node], rule: str) -> dict[fx.Node, set[fx.Node]]:
+    """What each state, in the order of the forward, is predicted from; for the loss, what it reads."""
+    rank = {node: i for i, node in enumerate(graph.nodes)}
+    ends = [*sorted(states, key=rank.__getitem__), task_loss(graph)]
+    return {end: Replay(graph, [end], states, rule).reads for end in ends}
+
+
+def warn_about_distance(
+    rule: str, read: Mapping[fx.Node, set[fx.Node]], steps: int, option: str, *, late: int = 0
+) -> None:
+    """An error moves by one state per step: with too few of them, blocks far from the loss learn nothing."""
+    away: dict[fx.Node, int] = {}
+    for end in reversed(read):
+        for state in read[end]:
+            away[state] = min(away.get(end, 0) + 1, away.get(state, len(read)))
+    near = {info(state).block for state, distance in away.items() if distance + late <= steps}
+    far = [info(end).block for end in read if end in away and info(end).block not in near]
+    if far:
+        warnings.warn(
+            f"{rule}: an error moves by one block per step; {option}={steps} does not bring it to "
+            f"{', '.join(dict.fromkeys(far))}, which will not learn. All learn from "
+            f"{option}={max(away.values()) + late} on",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,7 +91,7 @@ class TargetPropagation(Rule):
         if not settled_blocks(graph):
             raise RuleError(
                 "target_propagation needs a block before the one that computes the output: there is no target to carry",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs",
+                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
             )
 
     def run(self, graph: JointGraph) -> PassResult:

@@ -147,6 +147,7 @@ class ZerothOrder(Rule):
         leaves = self._leaves(graph, loss)
         if not leaves:
             return PassResult(graph, False)
+        self._warn_about_rounding([loss, *leaves])
         with graph.deferred():
             if self.method == "coordinate":
                 for leaf in leaves:
@@ -306,6 +307,17 @@ class ZerothOrder(Rule):
     def counter_of(self, counter: torch.Tensor) -> torch.Tensor:
         """The random counter; without the rank, if directions are shared."""
         return same_on_all_ranks(counter) if self.shared else counter
+
+    def _warn_about_rounding(self, compared: Iterable[fx.Node]) -> None:
+        coarse = max((value(node).dtype for node in compared), key=lambda dtype: torch.finfo(dtype).eps)
+        if self.scale < 10 * torch.finfo(coarse).eps:
+            name, eps = str(coarse).removeprefix("torch."), torch.finfo(coarse).eps
+            warnings.warn(
+                f"zeroth_order: weights moved by scale={self.scale:g} and the losses that are compared are rounded to "
+                f"{eps:.2g} of themselves in {name}: most differences will be zero. Keep weights and loss in float32 "
+                "(under autocast they are), or use a larger scale",
+                stacklevel=2,
+            )
 
     def _warn_about_variance(self, leaves: Iterable[fx.Node]) -> None:
         width = sum(math.prod(fix(size) for size in value(leaf).shape) for leaf in leaves)
