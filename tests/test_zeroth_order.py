@@ -480,6 +480,27 @@ def test_zo_step_refuses_rules_that_have_gradients_to_hold():
 
 
 @SLOW
+@pytest.mark.parametrize("options", ["", "{difference=forward}"])
+def test_a_step_that_raises_leaves_the_weights_where_they_were(options):
+    model = mlp()
+    x, y = batch(model)
+    calls = []
+
+    def loss(out, y):
+        calls.append(None)
+        if len(calls) > 2:
+            raise ValueError("out of samples")
+        return F.cross_entropy(out, y)
+
+    compiled = gr.compile(model, f"zeroth_order{options}", loss=loss, example_inputs=x, example_targets=y)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    calls[:] = [None]
+    with pytest.raises(ValueError, match="out of samples"):
+        compiled.zo_step(x, y, 0.1)
+    assert_close(dict(model.named_parameters()), before, rtol=1e-14)
+
+
+@SLOW
 def test_zo_step_warns_about_half_precision():
     model = nn.Linear(4, 3).to(torch.bfloat16)
     x, y = torch.randn(5, 4, dtype=torch.bfloat16), torch.randint(0, 3, (5,))
@@ -538,10 +559,12 @@ def test_options_that_make_no_sense(options, text):
         gr.compile(model, f"zeroth_order{{{options}}}", example_inputs=x, example_targets=y)
 
 
-def test_differences_that_rounding_swallows_warn():
-    model = nn.Linear(4, 3).to(torch.bfloat16)
-    x, y = torch.randn(5, 4, dtype=torch.bfloat16), torch.randint(0, 3, (5,))
-    with pytest.warns(UserWarning, match=r"scale=0.001 .* rounded to 0.0078 of themselves in bfloat16"):
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=SLOW)])
+def test_differences_that_rounding_swallows_warn(autocast):
+    model = nn.Linear(4, 3).to(torch.float32 if autocast else torch.bfloat16)
+    x, y = torch.randn(5, 4, dtype=model.weight.dtype), torch.randint(0, 3, (5,))
+    said = r"scale=0.001 .* bfloat16 values that are rounded to 0.0078 of themselves"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.warns(UserWarning, match=said):
         gr.compile(model, "zeroth_order", example_inputs=x, example_targets=y)
 
 

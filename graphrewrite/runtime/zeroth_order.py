@@ -89,13 +89,18 @@ def _slopes(
     own = _rank() if ranks > 1 else 0
     for rank, number in itertools.product(range(ranks), range(rule.count)):
         mine = rank == own
+        away = eps
         walk.move(rank, number, eps)
-        above = loss() if mine else None
-        below = None
-        if rule.kind == "central":
-            walk.move(rank, number, -2 * eps)
-            below = loss() if mine else None
-        walk.move(rank, number, eps if rule.kind == "central" else -eps)
+        try:
+            above = loss() if mine else None
+            below = None
+            if rule.kind == "central":
+                walk.move(rank, number, -2 * eps)
+                away = -eps
+                below = loss() if mine else None
+        finally:
+            # also where the model or the loss raises: a step that is not taken leaves the weights where they were
+            walk.move(rank, number, -away)
         if above is None:
             continue
         other = below if below is not None else base
