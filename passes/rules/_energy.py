@@ -44,7 +44,7 @@ def warn_about_distance(
 ) -> None:
     """An error moves by one state per step: with too few of them, blocks far from the loss learn nothing."""
     away: dict[fx.Node, int] = {}
-    for end in reversed(read):
+    for end in reversed(list(read)):
         for state in read[end]:
             away[state] = min(away.get(end, 0) + 1, away.get(state, len(read)))
     near = {info(state).block for state, distance in away.items() if distance + late <= steps}

@@ -314,8 +314,8 @@ class ZerothOrder(Rule):
         name, eps = str(coarse).removeprefix("torch."), torch.finfo(coarse).eps
         if self.scale < 10 * eps:
             warnings.warn(
-                f"zeroth_order moves weights by scale={self.scale:g} and compares losses, through {name} values that are "
-                f"rounded to {eps:.2g} of themselves: what is found may be rounding. Use float32, or a larger scale",
+                f"zeroth_order moves weights by scale={self.scale:g} and compares losses, through {name} values "
+                f"that are rounded to {eps:.2g} of themselves: what is found may be rounding. Use float32, or a larger scale",
                 stacklevel=2,
             )
 
