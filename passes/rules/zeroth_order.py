@@ -315,7 +315,8 @@ class ZerothOrder(Rule):
         if self.scale < 10 * eps:
             warnings.warn(
                 f"zeroth_order moves weights by scale={self.scale:g} and compares losses, through {name} values "
-                f"that are rounded to {eps:.2g} of themselves: what is found may be rounding. Use float32, or a larger scale",
+                f"that are rounded to {eps:.2g} of themselves: what is found may be rounding. Use float32, or a larger "
+                "scale",
                 stacklevel=2,
             )
 
