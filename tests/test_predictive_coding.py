@@ -158,7 +158,8 @@ def test_fixed_predictions_with_step_size_one_are_backpropagation_layer_by_layer
                 assert not found[name].any()
 
 
-@pytest.mark.parametrize("variant", ["exact", pytest.param("fixed,step_size=0.1,steps=200", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("variant", ["exact", "fixed,step_size=0.1,steps=200"])
 def test_fixed_predictions_go_to_backpropagation(variant):
     """Identity 2 (2e-7), and the exact variant to rounding."""
     model = mlp()
