@@ -162,27 +162,30 @@ def in_chunks(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The numbers of `direction`, flat, an even `chunk` at a time, as `(start, numbers)`: for where room is short."""
     key = _key(counter, stream, 0 if number is None else number)
+    draw = _signs if distribution == "sign" else _normals
     for start in range(0, count, chunk):
-        length = min(chunk, count - start)
-        words = _split_mix(key, start // 2, (length + 1) // 2).view(torch.int32)
-        yield start, (_signs_of(words) if distribution == "sign" else _normals_of(words))[:length]
+        yield start, draw(key, start, min(chunk, count - start))
 
 
-# in place, for they are called where there is no room
+# in place, for they are called where there is no room: 10 bytes per number at most
 
 
-def _signs_of(words: torch.Tensor) -> torch.Tensor:
-    return (words >> 31).bitwise_and_(1).mul_(-2).add_(1).to(torch.float32)
+def _signs(key: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    words = _split_mix(key, start // 2, (count + 1) // 2).view(torch.int32)
+    return words.bitwise_right_shift_(31).bitwise_and_(1).mul_(-2).add_(1).to(torch.float32)[:count]
 
 
-def _normals_of(words: torch.Tensor) -> torch.Tensor:
+def _normals(key: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """Both numbers that Box and Muller make of two uniform ones."""
-    made = (words >> 8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(-1, 2)
+    words = _split_mix(key, start // 2, (count + 1) // 2).view(torch.int32)
+    words.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    made = words.to(torch.float32).mul_(2.0**-24).view(-1, 2)
+    del words
     radius = made[:, 0].neg().log1p_().mul_(-2.0).sqrt_()
     angle = made[:, 1] * (2.0 * math.pi)
     torch.mul(radius, angle.cos(), out=made[:, 0])
     torch.mul(radius, angle.sin_(), out=made[:, 1])
-    return made.view(-1)
+    return made.view(-1)[:count]
 
 
 def _key(counter: torch.Tensor, stream: int, number: torch.Tensor | int) -> torch.Tensor:
@@ -201,10 +204,14 @@ def _split_mix(key: torch.Tensor, start: int, count: int) -> torch.Tensor:
 
 
 def _mix(words: torch.Tensor) -> torch.Tensor:
+    """In place."""
     # masks make the shifts of a signed word those of an unsigned one
-    words = (words >> 30).bitwise_and_((1 << 34) - 1).bitwise_xor_(words).mul_(_MIX1)
-    words = (words >> 27).bitwise_and_((1 << 37) - 1).bitwise_xor_(words).mul_(_MIX2)
-    return (words >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(words)
+    shifted = words >> 30
+    words.bitwise_xor_(shifted.bitwise_and_((1 << 34) - 1)).mul_(_MIX1)
+    torch.bitwise_right_shift(words, 27, out=shifted)
+    words.bitwise_xor_(shifted.bitwise_and_((1 << 37) - 1)).mul_(_MIX2)
+    torch.bitwise_right_shift(words, 31, out=shifted)
+    return words.bitwise_xor_(shifted.bitwise_and_((1 << 33) - 1))
 
 
 def _direction(

@@ -213,6 +213,15 @@ def test_local_guesses_by_hand(separate):
     assert compiled.report().certificates["0"].update_locked
 
 
+@pytest.mark.slow
+def test_there_is_nothing_to_guess_for_frozen_blocks():
+    model, (x, y) = net(), batch()
+    for layer in (0, 2):
+        model[layer].requires_grad_(False)
+    found = train_step(compiled_for(model, "forward_gradient{perturb=weights,guess=local}", x, y), x, y)
+    assert_close(found, eager_grads(model, F.cross_entropy(model(x), y)))
+
+
 # --- unbiased, and how noisy -----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -156,7 +158,8 @@ def test_fixed_predictions_with_step_size_one_are_backpropagation_layer_by_layer
                 assert not found[name].any()
 
 
-@pytest.mark.parametrize("variant", ["exact", pytest.param("fixed,step_size=0.1,steps=200", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("variant", ["exact", "fixed,step_size=0.1,steps=200"])
 def test_fixed_predictions_go_to_backpropagation(variant):
     """Identity 2 (2e-7), and the exact variant to rounding."""
     model = mlp()
@@ -164,6 +167,30 @@ def test_fixed_predictions_go_to_backpropagation(variant):
     rule = f"predictive_coding{{variant={variant}}}"
     found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
     assert_close(found, eager_grads(model, F.cross_entropy(model(x), y)), rtol=1e-14 if variant == "exact" else 2e-7)
+
+
+class Dense(nn.Module):
+    """A class per pixel, whose loss reads the input's sizes; a skip around the pooling that its own block ends in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.up = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = torch.tanh(self.down(x))
+        c = F.interpolate(torch.tanh(self.middle(F.avg_pool2d(a, 2))), scale_factor=2.0)
+        return self.up(torch.cat([c, a], 1)).movedim(1, -1)
+
+
+@pytest.mark.parametrize("variant", ["exact", pytest.param("fixed,step_size=1.0,steps=4", marks=SLOW)])
+def test_skips_and_a_loss_per_pixel(variant):
+    model = Dense().double()
+    x, y = torch.randn(2, 1, 4, 4).double(), torch.randint(0, 3, (2, 4, 4))
+    loss = lambda out, y: F.cross_entropy(out.reshape(-1, 3), y.reshape(-1))  # noqa: E731
+    rule = f"predictive_coding{{variant={variant}}}"
+    compiled = gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y, loss=loss)
+    assert_close(train_step(compiled, x, y), eager_grads(model, loss(model(x), y)), rtol=1e-12)
 
 
 @SLOW
@@ -322,3 +349,41 @@ def test_a_single_block_is_refused():
             example_inputs=torch.randn(5, 4),
             example_targets=torch.zeros(5).long(),
         )
+
+
+@pytest.mark.parametrize(
+    ("rule", "left", "enough"),
+    [
+        ("predictive_coding{steps=2}", "to 0,", "steps=3"),
+        *[
+            pytest.param(*case, marks=SLOW)
+            for case in [
+                ("predictive_coding{variant=fixed,steps=1}", "to 0, 2,", "steps=3"),
+                ("predictive_coding{incremental=true,steps=2}", "to 0, 2,", "steps=4"),
+                ("equilibrium_propagation{nudged_steps=2}", "to 0,", "nudged_steps=3"),
+            ]
+        ],
+    ],
+)
+def test_steps_that_leave_blocks_untaught_warn(rule, left, enough):
+    """One block per step: what the warning names has no gradient, with as many steps as it asks for all have one."""
+    model = mlp()
+    x, y = batch(model)
+    with pytest.warns(UserWarning, match=f"does not bring it {left}.* from {enough} on"):
+        found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
+    named = left.removeprefix("to ").rstrip(",").split(", ")
+    assert {name.split(".")[0] for name, g in found.items() if not g.any()} == {*named}
+    rule = re.sub(r"(nudged_)?steps=\d+", enough, rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = train_step(gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y), x, y)
+    assert all(g.any() for g in found.values())
+
+
+@SLOW
+def test_weights_do_not_move_by_an_empty_batch():
+    model = mlp()
+    x, y = batch(model)
+    compiled = gr.compile(model, "predictive_coding{incremental=true}", blocks="layers")
+    with pytest.raises(gr.RuleError, match="the batch is empty"):
+        compiled.loss(x[:0], y[:0])

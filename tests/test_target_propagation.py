@@ -20,13 +20,29 @@ def net(activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     return nn.Sequential(*layers).double()
 
 
-def batch(n: int = 7):
+def conv() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(1, 2, 3),
+        nn.Tanh(),
+        nn.Conv2d(2, 3, 3),
+        nn.Tanh(),
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 3)),
+    ]
+    return nn.Sequential(*layers).double()
+
+
+def batch(n: int = 7, shape: tuple[int, ...] = (4,)):
     torch.manual_seed(1)
-    return torch.randn(n, 4).double(), torch.randint(0, 3, (n,))
+    return torch.randn(n, *shape).double(), torch.randint(0, 3, (n,))
 
 
 def by_hand(model, x, y, inverses, *, beta, act, iterations, rate, noise):
     """(gradients, inverses after L-DRL); random streams are numbered from the top, two per inverse."""
+
+    def back(y, weight):
+        return act(y.flatten(1) @ weight)
+
     blocks = [model[:2], model[2:4], model[4:]]
     h = [x]
     for block in blocks:
@@ -43,33 +59,41 @@ def by_hand(model, x, y, inverses, *, beta, act, iterations, rate, noise):
                 drawn, streams + 2, h[i + 1].shape, torch.tensor(k), "normal", torch.float64
             )
             leaf = weight.clone().requires_grad_()
-            base = act(h[i + 1] @ leaf)
-            gain = (xi * (act(blocks[i](h[i] + xi).detach() @ leaf) - base)).sum(1).mean()
-            size = (act((h[i + 1] + zeta) @ leaf) - base).square().sum(1).mean()
+            base = back(h[i + 1], leaf)
+            gain = (xi.flatten(1) * (back(blocks[i](h[i] + xi).detach(), leaf) - base)).sum(1).mean()
+            size = (back(h[i + 1] + zeta, leaf) - base).square().sum(1).mean()
             (slope,) = torch.autograd.grad((size - 2 * gain) / noise**2, leaf)
             weight = weight - rate * slope
         streams, learned[i] = streams + 2, weight
         target = h[i + 1] - difference[i + 1]
-        difference[i] = act(h[i + 1] @ weight) - act(target @ weight)
+        difference[i] = (back(h[i + 1], weight) - back(target, weight)).reshape(h[i].shape)
     grads = {}
-    for i, (block, name) in enumerate(zip(blocks, "024", strict=True)):
+    for i, block in enumerate(blocks):
         if i < 2:
             target = h[i + 1] - difference[i + 1]
-            loss = 0.5 * (block(h[i]) - target).square().sum(1).mean() / beta
+            loss = 0.5 * (block(h[i]) - target).square().flatten(1).sum(1).mean() / beta
         else:
             loss = F.cross_entropy(block(h[i]), y)
-        found = torch.autograd.grad(loss, list(block.parameters()))
-        grads |= {f"{name}.weight": found[0], f"{name}.bias": found[1]}
+        names = [name for name, p in model.named_parameters() if any(p is own for own in block.parameters())]
+        grads |= dict(zip(names, torch.autograd.grad(loss, list(block.parameters())), strict=True))
     return grads, learned
 
 
-@pytest.mark.parametrize(("activation", "act"), [("tanh", torch.tanh), pytest.param("linear", lambda t: t, marks=SLOW)])
-def test_targets_and_inverses_by_hand(activation, act):
-    model, (x, y) = net(), batch()
+@pytest.mark.parametrize(
+    ("make", "shape", "activation", "act"),
+    [
+        pytest.param(net, (4,), "tanh", torch.tanh, marks=SLOW),
+        pytest.param(net, (4,), "linear", lambda t: t, marks=SLOW),
+        (conv, (1, 6, 6), "tanh", torch.tanh),
+    ],
+)
+def test_targets_and_inverses_by_hand(make, shape, activation, act):
+    model, (x, y) = make(), batch(shape=shape)
     rule = f"target_propagation{{activation={activation},iterations=3,beta=0.5}}"
     compiled = gr.compile(model, rule, blocks="layers", example_inputs=x, example_targets=y)
     state = compiled.rule_state
-    names = {2: "target_propagation.inverse.2.4", 1: "target_propagation.inverse.0.2"}
+    last = [name for name, _ in model.named_modules() if name][-1]
+    names = {2: f"target_propagation.inverse.2.{last}", 1: "target_propagation.inverse.0.2"}
     before = {i: state[name].clone() for i, name in names.items()}
     grads, learned = by_hand(model, x, y, before, beta=0.5, act=act, iterations=3, rate=0.05, noise=0.1)
     assert_close(train_step(compiled, x, y), grads)

@@ -375,10 +375,19 @@ def test_no_activation_is_held():
     assert peaks[1] < 5 * x.numel() * 4
 
 
-@pytest.mark.parametrize("rule", ["zeroth_order", pytest.param("zeroth_order{method=stein,queries=3}", marks=SLOW)])
-def test_zo_step_takes_the_memory_of_inference(rule):
-    model = equal_blocks(6, 32)
-    x, y = torch.randn(2048, 32), torch.randint(0, 10, (2048,))
+@pytest.mark.parametrize(
+    ("width", "samples", "rule"),
+    [
+        pytest.param(32, 2048, "zeroth_order", marks=SLOW),
+        pytest.param(32, 2048, "zeroth_order{method=stein,queries=3}", marks=SLOW),
+        # the room that 256 numbers at a time need, and weights that are a thousand times a sample
+        (32, 128, "zeroth_order{distribution=sign}"),
+        (512, 64, "zeroth_order"),
+    ],
+)
+def test_zo_step_takes_the_memory_of_inference(width, samples, rule):
+    model = equal_blocks(3, width)
+    x, y = torch.randn(samples, width), torch.randint(0, 10, (samples,))
     compiled = gr.compile(model, rule, example_inputs=x, example_targets=y)
     known = [*model.parameters(), x, y]
 
@@ -388,6 +397,30 @@ def test_zo_step_takes_the_memory_of_inference(rule):
 
     assert peak_bytes(lambda: compiled.zo_step(x, y, 1e-3), known) <= 1.05 * peak_bytes(infer, known)
     assert all(p.grad is None for p in model.parameters())
+
+
+@SLOW
+def test_zo_step_of_a_single_sample_takes_a_share_of_the_weights():
+    model = equal_blocks(3, 512)
+    x, y = torch.randn(1, 512), torch.randint(0, 10, (1,))
+    compiled = gr.compile(model, "zeroth_order", example_inputs=x, example_targets=y)
+    extra = peak_bytes(lambda: compiled.zo_step(x, y, 1e-3), [*model.parameters(), x, y])
+    assert extra <= 0.05 * gradient_bytes(model)
+
+
+@SLOW
+def test_zo_step_moves_weights_of_any_layout_alike():
+    """Nothing of the size of a weight is made, whatever the order of its elements in memory."""
+    ends = []
+    x, y = torch.randn(2, 16, 4, 4), torch.randint(0, 3, (2,))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Flatten(), nn.Linear(256, 3)).to(memory_format=layout)
+        compiled = gr.compile(model, "zeroth_order", example_inputs=x, example_targets=y)
+        known = [*model.parameters(), x, y]
+        assert peak_bytes(lambda c=compiled: c.zo_step(x, y, 0.1), known) < 0.25 * model[0].weight.nbytes
+        ends.append(dict(model.state_dict()))
+    assert_close(*ends, rtol=1e-5)
 
 
 # --- steps in place ------------------------------------------------------------------------------------------------
@@ -447,6 +480,27 @@ def test_zo_step_refuses_rules_that_have_gradients_to_hold():
 
 
 @SLOW
+@pytest.mark.parametrize("options", ["", "{difference=forward}"])
+def test_a_step_that_raises_leaves_the_weights_where_they_were(options):
+    model = mlp()
+    x, y = batch(model)
+    calls = []
+
+    def loss(out, y):
+        calls.append(None)
+        if len(calls) > 2:
+            raise ValueError("out of samples")
+        return F.cross_entropy(out, y)
+
+    compiled = gr.compile(model, f"zeroth_order{options}", loss=loss, example_inputs=x, example_targets=y)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    calls[:] = [None]
+    with pytest.raises(ValueError, match="out of samples"):
+        compiled.zo_step(x, y, 0.1)
+    assert_close(dict(model.named_parameters()), before, rtol=1e-14)
+
+
+@SLOW
 def test_zo_step_warns_about_half_precision():
     model = nn.Linear(4, 3).to(torch.bfloat16)
     x, y = torch.randn(5, 4, dtype=torch.bfloat16), torch.randint(0, 3, (5,))
@@ -503,6 +557,15 @@ def test_options_that_make_no_sense(options, text):
     x, y = batch(model)
     with pytest.raises(gr.RuleError, match=text):
         gr.compile(model, f"zeroth_order{{{options}}}", example_inputs=x, example_targets=y)
+
+
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=SLOW)])
+def test_differences_that_rounding_swallows_warn(autocast):
+    model = nn.Linear(4, 3).to(torch.float32 if autocast else torch.bfloat16)
+    x, y = torch.randn(5, 4, dtype=model.weight.dtype), torch.randint(0, 3, (5,))
+    said = r"scale=0.001 .* bfloat16 values that are rounded to 0.0078 of themselves"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.warns(UserWarning, match=said):
+        gr.compile(model, "zeroth_order", example_inputs=x, example_targets=y)
 
 
 def test_few_queries_for_many_weights_warn_with_the_variance():

@@ -13,7 +13,8 @@ from torch import nn
 
 from graphrewrite import random
 from graphrewrite.errors import RuleError
-from graphrewrite.graph.nodes import Param
+from graphrewrite.graph.aliasing import owns_no_memory
+from graphrewrite.graph.nodes import Param, nbytes, value
 from graphrewrite.inputs import as_inputs, as_targets
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from graphrewrite.runtime.program import Program
 
 
-CHUNK = 1 << 12
-"""How many numbers are drawn at a time. What that takes (about 60 kB) is the least a step needs."""
+LEAST, MOST = 1 << 8, 1 << 14
+"""How many numbers are drawn at a time: between these, as many as there is room for. The least takes 4 kB."""
+BYTES_PER_NUMBER = 12
 
 
 class Directions(Protocol):
@@ -50,7 +52,9 @@ def zo_step(compiled: CompiledModule, x: Any, y: Any, lr: float, weight_decay: f
     weights = [parameters[spec.name] for spec in specs]
     _warn_about_halves(compiled, weights)
     ranks = 1 if rule.shared else _world()
-    walk = _Walk(weights, rule.streams([str(spec) for spec in specs]), _counter(compiled, rule), rule)
+    walk = _Walk(
+        weights, rule.streams([str(spec) for spec in specs]), _counter(compiled, rule), rule, _piece(program, weights)
+    )
 
     def loss() -> torch.Tensor:
         found = compiled.task_loss(compiled.module(*inputs.args, **inputs.kwargs), targets).detach()
@@ -85,13 +89,18 @@ def _slopes(
     own = _rank() if ranks > 1 else 0
     for rank, number in itertools.product(range(ranks), range(rule.count)):
         mine = rank == own
+        away = eps
         walk.move(rank, number, eps)
-        above = loss() if mine else None
-        below = None
-        if rule.kind == "central":
-            walk.move(rank, number, -2 * eps)
-            below = loss() if mine else None
-        walk.move(rank, number, eps if rule.kind == "central" else -eps)
+        try:
+            above = loss() if mine else None
+            below = None
+            if rule.kind == "central":
+                walk.move(rank, number, -2 * eps)
+                away = -eps
+                below = loss() if mine else None
+        finally:
+            # also where the model or the loss raises: a step that is not taken leaves the weights where they were
+            walk.move(rank, number, -away)
         if above is None:
             continue
         other = below if below is not None else base
@@ -121,26 +130,62 @@ class _Walk:
     """Moves weights along random directions that are drawn a piece at a time and never held."""
 
     def __init__(
-        self, weights: Sequence[nn.Parameter], streams: Sequence[int], counter: torch.Tensor, rule: Directions
+        self,
+        weights: Sequence[nn.Parameter],
+        streams: Sequence[int],
+        counter: torch.Tensor,
+        rule: Directions,
+        piece: int,
     ) -> None:
         self._weights = list(zip(weights, streams, strict=True))
         self._counter = counter
         self._distribution = rule.distribution
+        self._piece = piece
 
     def move(self, rank: int, number: int, by: float) -> None:
         """Add `by` times direction `number` of a rank (counted from this process's, if directions are shared)."""
         counter = self._counter + torch.tensor([0, 0, rank], device=self._counter.device)
         for weight, stream in self._weights:
-            # a weight whose elements do not lie one after the other has no flat view: its numbers are dealt by index
-            flat = weight.data.view(-1) if weight.is_contiguous() else None
-            count = weight.numel()
-            pieces = random.in_chunks(counter, stream, count, number, self._distribution, CHUNK)
-            if flat is None:
-                whole = torch.cat([numbers for _, numbers in pieces]).to(weight.dtype)
-                weight.data.add_(whole.reshape(weight.shape), alpha=by)
-                continue
-            for start, numbers in pieces:
-                flat[start : start + numbers.numel()].add_(numbers.to(weight.dtype), alpha=by)
+            held, ordered = weight.data, weight.is_contiguous()
+            if ordered:
+                flat = held.view(-1)
+            else:
+                # no flat view: all that the weight spans in memory, where its numbers are dealt by place
+                flat = held.as_strided(
+                    [1 + sum((n - 1) * s for n, s in zip(held.shape, held.stride(), strict=True))], [1]
+                )
+            # places take three times the room of numbers
+            piece = self._piece if ordered else _whole(self._piece / 4)
+            for start, numbers in random.in_chunks(counter, stream, held.numel(), number, self._distribution, piece):
+                if ordered:
+                    flat[start : start + numbers.numel()].add_(numbers.to(held.dtype), alpha=by)
+                else:
+                    places = _places(held, start, numbers.numel())
+                    flat[places] = flat[places].add_(numbers.to(held.dtype), alpha=by)
+                    del places
+                # the next piece is drawn in its place
+                del numbers
+
+
+def _places(weight: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Where in memory `count` elements lie, from the one on that is `start` in the order of the indices."""
+    number = torch.arange(start, start + count, device=weight.device)
+    places = torch.zeros_like(number)
+    for size, step in zip(reversed(weight.shape), reversed(weight.stride()), strict=True):
+        places.add_(number.remainder(size), alpha=step)
+        number.floor_divide_(size)
+    return places
+
+
+def _piece(program: Program, weights: Sequence[nn.Parameter]) -> int:
+    """How many numbers to draw at a time: room is what the forward pass's largest value took, or 3 % of the weights."""
+    made = max((nbytes(value(n)) for n in program.operator.forward_nodes() if not owns_no_memory(n)), default=0)
+    return _whole(max(made, sum(w.nbytes for w in weights) // 32) // BYTES_PER_NUMBER)
+
+
+def _whole(count: float) -> int:
+    """A number of numbers that vector instructions divide: then it does not matter to rounding where pieces end."""
+    return min(MOST, max(LEAST, int(count) // LEAST * LEAST))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from graphrewrite.passes.rules._replay import Replay, run_node, task_loss
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.loop import labelled
@@ -28,6 +30,32 @@ def settled_blocks(graph: JointGraph) -> dict[str, list[fx.Node]]:
             if graph.crossing(boundary, loss=False):
                 found.setdefault(block.name, []).append(boundary)
     return found
+
+
+def read_by(graph: JointGraph, states: Sequence[fx.Node], rule: str) -> dict[fx.Node, set[fx.Node]]:
+    """What each state, in the order of the forward, is predicted from; for the loss, what it reads."""
+    rank = {node: i for i, node in enumerate(graph.nodes)}
+    ends = [*sorted(states, key=rank.__getitem__), task_loss(graph)]
+    return {end: Replay(graph, [end], states, rule).reads for end in ends}
+
+
+def warn_about_distance(
+    rule: str, read: Mapping[fx.Node, set[fx.Node]], steps: int, option: str, *, late: int = 0
+) -> None:
+    """An error moves by one state per step: with too few of them, blocks far from the loss learn nothing."""
+    away: dict[fx.Node, int] = {}
+    for end in reversed(list(read)):
+        for state in read[end]:
+            away[state] = min(away.get(end, 0) + 1, away.get(state, len(read)))
+    near = {info(state).block for state, distance in away.items() if distance + late <= steps}
+    far = [info(end).block for end in read if end in away and info(end).block not in near]
+    if far:
+        warnings.warn(
+            f"{rule}: an error moves by one block per step; {option}={steps} does not bring it to "
+            f"{', '.join(dict.fromkeys(far))}, which will not learn. All learn from "
+            f"{option}={max(away.values()) + late} on",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +101,16 @@ class Layer:
         return made, found
 
 
+_Segment = tuple[int, str]
+
+
 class _Segments:
-    """A layer run block by block, each on leaves of its own, so that every derivative belongs to one block."""
+    """A layer run in segments, each on leaves of its own, so that every derivative belongs to one block.
+
+    A segment is as much of a block as lies equally many blocks behind the wanted values. Blocks as such have no order:
+    the size of an input that the loss reads comes before what the head computes, and a block may read what another has
+    made of its own values. Segments have one, along which cotangents go back.
+    """
 
     def __init__(
         self,
@@ -87,30 +123,39 @@ class _Segments:
         self.values: dict[fx.Node, Any] = {n: given[n] for n in layer.replay.inputs}
         self.held = held
         self.made: dict[fx.Node, Any] = dict(self.values)
-        self.blocks = list(dict.fromkeys(info(n).block for n in layer.replay.nodes))
-        self.leaves: dict[str, dict[fx.Node, torch.Tensor]] = {block: {} for block in self.blocks}
+        self.segment_of: dict[fx.Node, _Segment] = {}
+        self.leaves: dict[_Segment, dict[fx.Node, torch.Tensor]] = {}
 
     def forward(self, wanted: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The outputs, detached."""
         active = set(wanted)
         for node in self.layer.replay.nodes:
-            block = info(node).block
-            read = functools.partial(self._read, block=block, active=active)
+            segment = self._segment(node)
+            read = functools.partial(self._read, segment=segment, active=active)
             result = run_node(node, read, copy="settle", role=self.role)
             self.made[node] = result
-            if isinstance(result, torch.Tensor) and result.requires_grad:
+            if any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(result)):
                 active.add(node)
+                self.segment_of[node] = segment
         return [self.made[node].detach() for node in self.layer.outputs]
 
-    def _read(self, node: fx.Node, block: str, active: set[fx.Node]) -> Any:
+    def _segment(self, node: fx.Node) -> _Segment:
+        """The segment of an operator, told by those of what it reads; parts of a tuple belong to what made it."""
+        read = [n for n in node.all_input_nodes if n in self.segment_of and n not in self.held]
+        for made in read:
+            if not isinstance(self.made[made], torch.Tensor):
+                return self.segment_of[made]
+        block = info(node).block
+        return max((depth + (own != block) for depth, own in map(self.segment_of.__getitem__, read)), default=0), block
+
+    def _read(self, node: fx.Node, segment: _Segment, active: set[fx.Node]) -> Any:
         held = node in self.held
         value = self.held[node] if held else self.made[node]
-        inside = not held and node.op == "call_function" and info(node).block == block and node not in self.values
-        if inside or not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or (not held and self.segment_of.get(node) == segment):
             return value
         if node not in active or not (value.is_floating_point() or value.is_complex()):
             return value.detach()
-        leaves = self.leaves[block]
+        leaves = self.leaves.setdefault(segment, {})
         if node not in leaves:
             leaves[node] = value.detach().requires_grad_()
         return leaves[node]
@@ -123,10 +168,10 @@ class _Segments:
         found: dict[fx.Node, torch.Tensor] = {}
         for node, cotangent, out in zip(self.layer.outputs, sent, made, strict=True):
             arrived[node] = cotangent.to(out.dtype)
-        for block in reversed(self.blocks):
-            leaves = self.leaves[block]
-            ends = [n for n in arrived if info(n).block == block and n in self.made and _live(self.made[n])]
-            if not leaves or not ends:
+        for segment in sorted(self.leaves, reverse=True):
+            leaves, block = self.leaves[segment], segment[1]
+            ends = [n for n in arrived if self.segment_of.get(n) == segment]
+            if not ends:
                 continue
             with labelled(NodeInfo(role=Role.COTANGENT, block=block, module=block)):
                 grads: Sequence[torch.Tensor | None] = torch.autograd.grad(
@@ -142,10 +187,6 @@ class _Segments:
                     sums[node] = sums[node] + grad if node in sums else grad
         with labelled(NodeInfo(role=Role.COTANGENT, block=self.layer.block, module=self.layer.block)):
             return {n: found[n] if n in found else torch.zeros_like(self.held[n]) for n in wanted}
-
-
-def _live(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def layers_of(

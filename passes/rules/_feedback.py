@@ -201,7 +201,7 @@ class ProjectedSignal(Rule):
         if len(graph.blocks) < 2:
             raise RuleError(
                 f"{self.name} needs at least two blocks: with one, nothing is left to redirect",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs",
+                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
             )
 
     @abstractmethod

@@ -76,7 +76,7 @@ def refuse_empty_batch(graph: JointGraph, rule: str) -> None:
         # where the size is a symbol, the comparison leaves a guard: an empty batch is captured anew, and meets this
         if isinstance(spec, UserInput) and isinstance(held, torch.Tensor) and held.dim() and held.shape[0] == 0:
             raise RuleError(
-                f"{rule} compares losses, and the batch is empty: its loss is no number",
+                f"{rule} makes gradients of losses, and the batch is empty: its loss is no number",
                 node=node.name,
                 remedy="skip empty batches (drop_last=True)",
             )

@@ -84,7 +84,7 @@ class SecondPass(Rule):
         if not ends:
             raise RuleError(
                 f"{self.name} needs at least one block before the one that computes the output",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs",
+                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
             )
         refuse_blocks_before(graph, graph.rule_blocks(), self.name)
 

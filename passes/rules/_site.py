@@ -66,7 +66,7 @@ def hidden_blocks_of(graph: JointGraph, answer: Answer) -> list[Block]:
     if not hidden:
         raise RuleError(
             "a local rule needs at least one block before the one that computes the output",
-            remedy="choose finer blocks: blocks='layers' or a list of module globs",
+            remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
         )
     return hidden
 

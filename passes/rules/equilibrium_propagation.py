@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graphrewrite.passes.rules._energy import Layer, settled_blocks
+from graphrewrite.passes.rules._energy import Layer, read_by, settled_blocks, warn_about_distance
 from graphrewrite.passes.rules._replay import Replay, refuse_empty_batch, task_loss, trained_leaves
 from graphrewrite.passes.rules._residual import ADDITIONS
 from torch import fx
@@ -109,6 +109,8 @@ class EquilibriumPropagation(Rule):
         """A free phase, two nudged ones, and the gradients of their difference."""
         network = _Network(self, graph, task_loss(graph))
         leaves = trained_leaves(graph)
+        read = read_by(graph, list(network.states), self.name)
+        warn_about_distance(self.name, read, self.nudged_steps, "nudged_steps")
         graph.forward_may_read_cotangents = True
         with graph.deferred():
             graph.drop_backward()
@@ -160,7 +162,7 @@ def _states(graph: JointGraph, fail: Callable[[str, fx.Node], None] | None = Non
     if not blocks:
         raise RuleError(
             "equilibrium_propagation needs a block before the one that computes the output",
-            remedy="choose finer blocks: blocks='layers' or a list of module globs",
+            remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
         )
     for block, boundaries in blocks.items():
         for boundary in boundaries:

@@ -137,7 +137,9 @@ class ForwardGradient(Rule):
         if self.guess == "local":
             found = guess(graph, self._guesser)
             together = {leaf: v for guesses in found.values() for leaf, v in guesses.items()}
-            project(graph, list(found.values()) if self.separate else [together])
+            groups = list(found.values()) if self.separate else [together]
+            # none if the hidden blocks are frozen: the last one has its exact gradient
+            project(graph, [group for group in groups if group])
             return PassResult(graph, True)
         with graph.deferred():
             if self.perturb == "weights":

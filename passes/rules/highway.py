@@ -67,7 +67,7 @@ class Highway(Rule):
         if len(graph.blocks) < 2:
             raise RuleError(
                 "highway needs at least two blocks: with one, nothing is left to redirect",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs",
+                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
             )
 
     def run(self, graph: JointGraph) -> PassResult:

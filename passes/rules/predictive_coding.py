@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from graphrewrite.passes.rules._energy import Layer, layers_of, settled_blocks
-from graphrewrite.passes.rules._replay import trained_leaves
+from graphrewrite.passes.rules._energy import Layer, layers_of, read_by, settled_blocks, warn_about_distance
+from graphrewrite.passes.rules._replay import refuse_empty_batch, trained_leaves
 from torch import fx
 
 from graphrewrite.errors import RuleError
@@ -40,7 +40,8 @@ class PredictiveCoding(Rule):
 
     Variants: `"strict"` as above; `"fixed"` keeps predictions and derivatives those of the forward pass, so that
     e_l <- (1 - step_size) e_l + step_size J_{l+1}^T e_{l+1}, which goes to backpropagation with more steps;
-    `"exact"` is fixed with step size 1 and as many steps as there are blocks: backpropagation, up to rounding.
+    `"exact"` is fixed with step size 1 and as many steps as states lie one behind the other: backpropagation, up to
+    rounding.
 
     `incremental` updates the weights in every step, by -rate dF/dw / beta, as iPC does. The gradient is the sum of what
     was moved, so that SGD with learning rate `rate` ends where the loop ended; the loop works on copies.
@@ -89,10 +90,12 @@ class PredictiveCoding(Rule):
             raise RuleError(f"rate={self.rate:g} moves no weight", remedy="use rate > 0")
         if not graph.has_loss:
             raise RuleError("predictive_coding needs the loss", remedy="train with compiled.loss(x, y)")
+        if self.incremental:
+            refuse_empty_batch(graph, self.name)
         if not settled_blocks(graph):
             raise RuleError(
                 "predictive_coding needs a block before the one that computes the output: there is nothing to settle",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs",
+                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
             )
 
     def run(self, graph: JointGraph) -> PassResult:
@@ -126,6 +129,12 @@ class _System:
         self.layers, self.top = layers_of(graph, self.states, (), rule.name)
         self.learning, self.learning_top = layers_of(graph, self.states, self.leaves, rule.name)
         self.fixed = rule.variant != "strict"
+        read = read_by(graph, self.states, rule.name)
+        self.depth = _depth(read)
+        """The most states one behind the other: two of one block may be, as in a skip around its pooling."""
+        if rule.variant != "exact":
+            # weights that move in every step read the error of the step before
+            warn_about_distance(rule.name, read, rule.steps, "steps", late=int(rule.incremental))
 
     # --- settling --------------------------------------------------------------------------------------------------
 
@@ -146,7 +155,7 @@ class _System:
             given = dict(zip([*inputs, *range(len(extra))], values[count:], strict=True))
             return step(held, given)
 
-        steps = len(self.layers) if self.rule.variant == "exact" else self.rule.steps
+        steps = self.depth if self.rule.variant == "exact" else self.rule.steps
         return self.graph.repeat(body, start, steps, inputs=[*inputs, *extra], like=SETTLE)
 
     def _strict_step(self, held: Mapping[fx.Node, torch.Tensor], given: Mapping[Any, torch.Tensor]) -> list[Any]:
@@ -302,6 +311,13 @@ class _System:
                 continue
             tangent = self.graph.loss_tangent(value(leaf).dtype)
             self.graph.redirect(leaf, _summed, [tangent, *terms])
+
+
+def _depth(read: Mapping[fx.Node, set[fx.Node]]) -> int:
+    depths: dict[fx.Node, int] = {}
+    for end, before in read.items():
+        depths[end] = 1 + max((depths[state] for state in before), default=0)
+    return max(depths.values()) - 1
 
 
 def _summed(tangent: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:

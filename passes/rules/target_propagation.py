@@ -17,7 +17,7 @@ from torch import fx
 from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import NodeInfo, Role, StateUpdate, info, value
+from graphrewrite.graph.nodes import NodeInfo, Role, StateUpdate, ancestors, info, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
@@ -91,7 +91,7 @@ class TargetPropagation(Rule):
         if not settled_blocks(graph):
             raise RuleError(
                 "target_propagation needs a block before the one that computes the output: there is no target to carry",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs",
+                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
             )
 
     def run(self, graph: JointGraph) -> PassResult:
@@ -148,6 +148,7 @@ class TargetPropagation(Rule):
             outputs = [o for o in graph.model_outputs if info(o).block == block] or [
                 b for b in graph.boundaries(block) if graph.crossing(b, loss=False)
             ]
+            outputs = [o for o in outputs if state in ancestors([o])]
             found += [
                 _Link(f"{name}.{block}.{i}" if i else f"{name}.{block}", state, o, block) for i, o in enumerate(outputs)
             ]

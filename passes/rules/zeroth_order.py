@@ -18,7 +18,7 @@ from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.loop import labelled
-from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, ancestors, fix, info, spec_of, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, ancestors, fix, info, is_float, spec_of, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
@@ -147,6 +147,7 @@ class ZerothOrder(Rule):
         leaves = self._leaves(graph, loss)
         if not leaves:
             return PassResult(graph, False)
+        self._warn_about_rounding(graph)
         with graph.deferred():
             if self.method == "coordinate":
                 for leaf in leaves:
@@ -306,6 +307,18 @@ class ZerothOrder(Rule):
     def counter_of(self, counter: torch.Tensor) -> torch.Tensor:
         """The random counter; without the rank, if directions are shared."""
         return same_on_all_ranks(counter) if self.shared else counter
+
+    def _warn_about_rounding(self, graph: JointGraph) -> None:
+        dtypes = {value(node).dtype for node in (*graph.leaves, *graph.forward_nodes()) if is_float(node)}
+        coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        name, eps = str(coarse).removeprefix("torch."), torch.finfo(coarse).eps
+        if self.scale < 10 * eps:
+            warnings.warn(
+                f"zeroth_order moves weights by scale={self.scale:g} and compares losses, through {name} values "
+                f"that are rounded to {eps:.2g} of themselves: what is found may be rounding. Use float32, or a larger "
+                "scale",
+                stacklevel=2,
+            )
 
     def _warn_about_variance(self, leaves: Iterable[fx.Node]) -> None:
         width = sum(math.prod(fix(size) for size in value(leaf).shape) for leaf in leaves)
