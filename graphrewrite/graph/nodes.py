@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from graphrewrite._compat import FakeTensor, free_unbacked_symbols
+from graphrewrite._compat import FakeTensor, free_unbacked_symbols, known_sizes
 
 
 class Role(StrEnum):
@@ -383,20 +383,19 @@ def hint(size: Any) -> int:
     """The example's size behind a symbolic one; 1 for one that depends on data and was not observed."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    known = size.node.hint
-    if known is None:
-        env = size.node.shape_env
-        known = env.size_hint(size.node.expr.xreplace(env.var_to_hint_override), allow_none=True)
-    return 1 if known is None else int(known)
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    known = size.node.expr.xreplace(known_sizes(size.node.shape_env))
+    return 1 if getattr(known, "free_symbols", ()) else int(known)
 
 
 def unobserved(val: Any) -> set[Any]:
     """Symbols of a tensor's sizes that depend on data and that no example has told yet."""
     sizes = val.shape if isinstance(val, torch.Tensor) else ()
-    symbolic = [s.node for s in sizes if isinstance(s, torch.SymInt) and s.node.hint is None]
-    return {
-        symbol for one in symbolic for symbol in free_unbacked_symbols(one.expr) - set(one.shape_env.var_to_hint_override)
-    }
+    found: set[Any] = set()
+    for one in (s.node for s in sizes if isinstance(s, torch.SymInt) and s.node.hint is None):
+        found |= free_unbacked_symbols(one.expr) - one.shape_env.var_to_hint_override.keys()
+    return found
 
 
 def fix(size: Any) -> int:
