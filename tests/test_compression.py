@@ -617,18 +617,21 @@ def peaks(name, budgets):
         yield predicted_peak(compiled), peak_bytes(lambda c=compiled: c.loss(x, y).backward(), known)
 
 
+PEAKED = ("mlp", "cnn", "resnet", "unet", "gpt", "lstm", "vit", "gcn")
+
+
 @pytest.mark.parametrize(
     ("name", "budgets"),
     [
         ("mlp", (0.6, 0.15)),
-        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25, 0.15), marks=SLOW) for name in ("mlp", "cnn", "gpt")],
+        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25, 0.15), marks=SLOW) for name in PEAKED],
     ],
 )
 def test_peak_is_predicted_and_falls_with_the_budget(name, budgets):
     """Chains of recomputed values through several blocks would raise it again."""
     last = None
     for predicted, measured_bytes in peaks(name, budgets):
-        assert abs(predicted / measured_bytes - 1) < 0.05
+        assert abs(predicted / measured_bytes - 1) < 0.01
         assert last is None or measured_bytes <= 1.03 * last
         last = measured_bytes
     assert last is not None

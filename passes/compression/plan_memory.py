@@ -44,6 +44,8 @@ FLOPS_PER_BYTE = 10.0
 """Operations that a machine does while it moves one byte, for the prediction of time."""
 CODEC_PASSES, MASK_PASSES, HOST_PASSES = 16.0, 4.0, 60.0
 """How often encoding and decoding move the bytes of a value."""
+HELD = 1000.0
+"""What it weighs to bring all saved bytes back before their readers; more than time, less than a ruined gradient."""
 UNIT = 0.01
 """One per cent of gradient error weighs as much as one per cent of the step's time."""
 
@@ -199,22 +201,31 @@ class PlanMemory(Pass):
         return PassResult(graph, bool(again or encoded))
 
     def _solve(self, candidates: list[Candidate], pairs: dict[tuple[int, int, int], float], budget: int) -> list[int]:
-        """The plan; if the budget allows it, one in which nothing is recomputed from what another block recomputes.
+        """The plan; if the budget allows it, one in which no block recomputes from what another block reads.
 
-        What is recomputed on the way to a later value lives until its own reader: chains through several blocks would
-        bring all of their values back at once, and the peak would grow as the budget shrinks.
+        What is recomputed on the way to a value that is read sooner lives until its own reader: chains through several
+        blocks would bring all of their values back at once, and the peak would grow as the budget shrinks.
         """
         index = {c.saved.node: i for i, c in enumerate(candidates)}
+        read_in = [info(min(r.reader for r in c.saved.readings)).block for c in candidates]
         apart = frozenset(
             (i, index[source])
             for i, c in enumerate(candidates)
             for source in c.frontier
-            if source in index and info(source).block != info(c.saved.node).block != LOSS_BLOCK
+            if source in index and read_in[index[source]] != read_in[i] != LOSS_BLOCK
         )
         separate = Problem(candidates, pairs, -1, apart)
         if _bytes_of(candidates, solve(separate, self.time_limit)) <= budget:
             return solve(Problem(candidates, pairs, budget, apart), self.time_limit)
-        return solve(Problem(candidates, pairs, budget), self.time_limit)
+        # as little of it as the budget allows
+        whole = sum(c.saved.nbytes for c in candidates)
+        weighed = dict(pairs)
+        for i, k in apart:
+            again = candidates[k].recompute
+            if again is not None and candidates[i].recompute is not None:
+                key = (i, k, again)
+                weighed[key] = weighed.get(key, 0.0) + HELD * candidates[k].saved.nbytes / whole
+        return solve(Problem(candidates, weighed, budget), self.time_limit)
 
     # --- what can be done ---------------------------------------------------------------------------------------------
 
