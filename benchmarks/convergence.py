@@ -2,7 +2,8 @@
 
     GRAPHREWRITE_DATA=folder python benchmarks/convergence.py --tasks cora shakespeare cifar sst2
 
-Small models, three seeds, Adam at a rate that falls linearly to zero; all arms of a seed start from the same weights and see the same batches.
+Small models, three seeds, Adam at a rate that falls linearly to zero; all arms of a seed start from the same weights
+and see the same batches.
 
 * `exact`: backpropagation.
 * `budget`: `memory_budget=0.1`, whatever the planner chooses.

@@ -86,7 +86,7 @@ def set_grad_wrapper() -> Any:
 
 
 def known_sizes(env: ShapeEnv) -> dict[Any, int]:
-    """Symbols of sizes -> the example's: those that guards speak of, and those that depend on data and were observed."""
+    """Symbols of sizes -> the example's: those of inputs, and those that depend on data and were observed."""
     backed = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     return {**backed, **env.var_to_hint_override}
 
