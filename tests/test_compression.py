@@ -563,7 +563,7 @@ def test_solver_against_all_combinations():
     chosen = solve(Problem(candidates, budget), 10.0)
 
     def cost(numbers):
-        return sum(c.choices[j].cost for c, j in zip(candidates, numbers, strict=True))
+        return sum(c.choices[j].cost() for c, j in zip(candidates, numbers, strict=True))
 
     def size(numbers):
         return sum(c.choices[j].nbytes for c, j in zip(candidates, numbers, strict=True))

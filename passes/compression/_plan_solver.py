@@ -41,14 +41,13 @@ class Choice:
         return self.codec is not None and not getattr(self.codec, "exact", False)
 
     @property
-    def cost(self) -> float:
-        """What is minimised, before the terms of pairs."""
-        return self.harm + self.time / UNIT
-
-    @property
     def harm(self) -> float:
-        """The part of it that is error."""
+        """The error, as it adds up."""
         return (self.error / UNIT) ** 2
+
+    def cost(self, time: float = 1.0) -> float:
+        """What is minimised, before the terms of pairs."""
+        return self.harm + time * self.time / UNIT
 
     def __str__(self) -> str:
         return f"{self.text} ({self.nbytes:,} bytes, error {self.error:.2%}, time +{self.time:.2%})"
@@ -112,6 +111,7 @@ class Problem:
         pairs: What choices cost together.
         apart: Values of which not both are recomputed.
         most: The most that errors, own ones and those of pairs, may add up to; None: any.
+        time: What time weighs next to errors.
     """
 
     candidates: Sequence[Candidate]
@@ -119,6 +119,7 @@ class Problem:
     pairs: Sequence[Pair] = ()
     apart: frozenset[tuple[int, int]] = frozenset()
     most: float | None = None
+    time: float = 1.0
 
 
 def bytes_of(candidates: Sequence[Candidate], chosen: Sequence[int]) -> int:
@@ -150,7 +151,7 @@ def solve(problem: Problem, time_limit: float) -> list[int] | None:
     fewest = problem.budget < 0
     pairs = [] if fewest else [pair for pair in problem.pairs if max(pair.costs.values(), default=0.0) > 1e-9]
     worst = [max(pair.costs.values()) for pair in pairs]
-    cost = [float(x.nbytes) if fewest else x.cost for c in candidates for x in c.choices] + worst
+    cost = [float(x.nbytes) if fewest else x.cost(problem.time) for c in candidates for x in c.choices] + worst
     rows: list[dict[int, float]] = []
     low: list[float] = []
     high: list[float] = []

@@ -159,30 +159,36 @@ class PlanMemory(Pass):
             for i, k in apart
             if candidates[i].recompute is not None and (again := candidates[k].recompute) is not None
         ]
-        never, seldom = Problem(candidates, budget, pairs, apart), Problem(candidates, budget, [*pairs, *held])
-        if errors:
-            found = self._within_error(never, errors) or self._within_error(seldom, errors)
-            if found:
-                return found
-        return solve(never, self.time_limit) or self._choose(seldom)
+        problems = Problem(candidates, budget, pairs, apart), Problem(candidates, budget, [*pairs, *held])
+        if errors is None:
+            return solve(problems[0], self.time_limit) or self._choose(problems[1])
+        plans = []
+        for problem in problems:
+            plans += self._with_errors(problem, errors)
+            if plans and plans[-1][0] <= self.error:
+                return plans[-1][1]
+        return min(plans)[1]
 
     def _choose(self, problem: Problem) -> list[int]:
         found = solve(problem, self.time_limit)
         assert found is not None
         return found
 
-    def _within_error(self, problem: Problem, errors: _Errors) -> list[int] | None:
-        """A plan that is measured to err less than the limit, if one is found."""
+    def _with_errors(self, problem: Problem, errors: _Errors) -> list[tuple[float, list[int]]]:
+        """Plans and what they are measured to err; the last is below the limit, or meant to err as little as it can."""
         most = (self.error / UNIT) ** 2
+        plans: list[tuple[float, list[int]]] = []
         for _ in range(ROUNDS):
             chosen = solve(replace(problem, most=most), self.time_limit)
             if chosen is None:
                 break
-            found = errors.of(chosen)
-            if found <= self.error:
-                return chosen
-            most *= 0.8 * (self.error / found) ** 2
-        return None
+            plans.append((errors.of(chosen), chosen))
+            if plans[-1][0] <= self.error:
+                return plans
+            most *= 0.8 * (self.error / plans[-1][0]) ** 2
+        # predictions add up what may cancel: whatever they say, try the least
+        chosen = solve(replace(problem, time=0.01), self.time_limit)
+        return plans if chosen is None else [*plans, (errors.of(chosen), chosen)]
 
     # --- what can be done ---------------------------------------------------------------------------------------------
 
