@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from common import Ratio, ratio, read, write
-from graphrewrite.passes.compression.plan_memory import Candidate, Choice, Problem, solve
+from graphrewrite.passes.compression._plan_solver import Candidate, Choice, Problem, solve
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -337,7 +337,7 @@ def solve_time(count: int) -> dict[str, Any]:
         candidates.append(Candidate(_Value(), choices))  # type: ignore[arg-type]
     total = sum(c.choices[0].nbytes for c in candidates)
     started = time.process_time()
-    chosen = solve(Problem(candidates, {}, total // 10), 30.0)
+    chosen = solve(Problem(candidates, total // 10), 30.0)
     seconds = time.process_time() - started
     kept = sum(c.choices[j].nbytes for c, j in zip(candidates, chosen, strict=True))
     return {"setting": f"solver, {count} saved values", "seconds": round(seconds, 3), "of_budget": kept / (total // 10)}

@@ -57,6 +57,7 @@ __all__ = [
     "inductor_decompositions",
     "keep_random",
     "keyword_attributes",
+    "known_sizes",
     "load_checkpoint",
     "make_fx",
     "native_kernels",
@@ -82,6 +83,12 @@ CustomApply = Callable[..., Any]
 def set_grad_wrapper() -> Any:
     """The higher-order operator that export uses for `torch.no_grad()` and `torch.enable_grad()` regions."""
     return torch.ops.higher_order.wrap_with_set_grad_enabled
+
+
+def known_sizes(env: ShapeEnv) -> dict[Any, int]:
+    """Symbols of sizes -> the example's: those of inputs, and those that depend on data and were observed."""
+    backed = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    return {**backed, **env.var_to_hint_override}
 
 
 def recurrent_decompositions() -> dict[Any, Any]:

@@ -20,7 +20,7 @@ from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
 from graphrewrite.graph.differentiate import differentiate
 from graphrewrite.graph.expand import expand
-from graphrewrite.graph.interpret import interpret
+from graphrewrite.graph.interpret import interpret, observe_sizes
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import Grad, ParameterUpdate, StateUpdate, Tap, UserInput, info
 from graphrewrite.graph.partition import Partition, partition
@@ -36,6 +36,9 @@ Kind = Literal["forward", "loss", "evaluate", "predict", "feedback", "answers", 
 """`forward`: the model's outputs, with a backward; `loss`: the rule's loss, with a backward; `evaluate`: the same
 loss without one; `predict`: the rule's own forward; `feedback`: the phase in which feedback weights learn; `answers`:
 what each block answers alone; `sparsity`: the share of zeros in what each block hands on."""
+
+Probe = Callable[[JointGraph], list[Any]]
+"""Example values of a graph's placeholders."""
 
 Verification = Literal["off", "structure", "numeric"]
 
@@ -74,7 +77,7 @@ def build_program(
     kind: Kind,
     inputs: Inputs,
     targets: Any,
-    probe: Callable[[JointGraph], list[Any]] | None = None,
+    probe: Probe | None = None,
 ) -> Program:
     """Capture a model for one kind of call and compile it.
 
@@ -101,7 +104,7 @@ def build_program(
     differentiate(graph, seeded=kind in ("forward", "loss", "evaluate"))
     compress = options.compress if kind in ("forward", "loss") else None
     if getattr(compress, "relative", False) and any(r.name != "bp" for _, r in rules):
-        graph.context.bp_bytes = _saved_by_backpropagation(graph)
+        graph.context.bp_bytes = _saved_by_backpropagation(graph, probe)
     pipeline.stage("differentiate", graph)
     operator_passes = [p for p in options.passes if p.level == "operator" and kind != "feedback"]
     graph = pipeline.run([p for p in operator_passes if p.before_rules], graph)
@@ -199,9 +202,11 @@ def _lower(part: Partition, options: Options) -> Sequence[Run]:
         return registry.find("backend", options.fallback)(part)  # type: ignore[no-any-return]
 
 
-def _saved_by_backpropagation(graph: JointGraph) -> int:
+def _saved_by_backpropagation(graph: JointGraph, probe: Probe | None) -> int:
     """Bytes that the exact backward of a differentiated graph would save: what a relative budget is a fraction of."""
     expanded = expand(graph.copy())
+    if probe is not None:
+        observe_sizes(expanded, probe)
     for name in CLEANUP:
         expanded = textform.build("pass", name).run(expanded).graph
     return partition(expanded).saved_bytes
@@ -217,8 +222,9 @@ def _wants_gradient(spec: Any, inputs: Inputs) -> bool:
 class _Pipeline:
     """Runs pass managers with the between-pass callbacks of the options, and keeps one history."""
 
-    def __init__(self, options: Options, probe: Callable[[JointGraph], list[Any]] | None, kind: Kind) -> None:
+    def __init__(self, options: Options, probe: Probe | None, kind: Kind) -> None:
         self.history: list[PassRecord] = []
+        self._probe = probe
         self._observers = observe.active()
         self._callbacks: list[Callback] = []
         if options.verify != "off":
@@ -239,6 +245,8 @@ class _Pipeline:
     def expand(self, graph: JointGraph) -> JointGraph:
         started = time.perf_counter()
         expanded = expand(graph)
+        if self._probe is not None:
+            observe_sizes(expanded, self._probe)
         self.history.append(
             PassRecord(
                 "expand", "aten", time.perf_counter() - started, True, len(graph.graph.nodes), len(expanded.graph.nodes)
@@ -274,7 +282,7 @@ class NumericCheck:
 
     wants_before = True
 
-    def __init__(self, probe: Callable[[JointGraph], list[Any]]) -> None:
+    def __init__(self, probe: Probe) -> None:
         self._probe = probe
 
     def __call__(self, event: PassEvent) -> None:

@@ -81,16 +81,7 @@ def test_rule_codec_and_split(rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "rule",
-    [
-        "ff",
-        pytest.param(
-            "mono_forward",
-            marks=pytest.mark.xfail(strict=True, reason="the plan counts a bias gradient behind a view as encoded"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("rule", ["ff", "mono_forward"])
 def test_local_rule_has_nothing_left_to_compress(rule):
     """Gradients are computed in the forward: what a codec could take is dead by then, so nothing changes."""
     alone, coded = compiled(rule=rule), compiled(rule=rule, compress="int4")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from graphrewrite.passes.compression._plan_solver import Candidate, Choice, Problem, solve
 from graphrewrite.passes.compression.int8 import Int8
 from graphrewrite.passes.compression.mask import SignMask
-from graphrewrite.passes.compression.plan_memory import Candidate, Choice, Problem, solve
 from torch import nn
 from torch.nn import functional as F
 
@@ -560,10 +560,10 @@ def test_solver_against_all_combinations():
     for i, one in enumerate(candidates):
         one.saved = type("Saved", (), {"node": i})()
     budget = 2500
-    chosen = solve(Problem(candidates, {}, budget), 10.0)
+    chosen = solve(Problem(candidates, budget), 10.0)
 
     def cost(numbers):
-        return sum(c.choices[j].cost for c, j in zip(candidates, numbers, strict=True))
+        return sum(c.choices[j].cost() for c, j in zip(candidates, numbers, strict=True))
 
     def size(numbers):
         return sum(c.choices[j].nbytes for c, j in zip(candidates, numbers, strict=True))
@@ -571,7 +571,7 @@ def test_solver_against_all_combinations():
     assert size(chosen) <= budget
     best = min((n for n in itertools.product(range(4), repeat=6) if size(n) <= budget), key=cost)
     assert cost(chosen) == pytest.approx(cost(best), rel=2e-3)
-    fewest = solve(Problem(candidates, {}, -1), 10.0)
+    fewest = solve(Problem(candidates, -1), 10.0)
     assert size(fewest) == sum(min(c.nbytes for c in one.choices) for one in candidates)
 
 
@@ -617,18 +617,21 @@ def peaks(name, budgets):
         yield predicted_peak(compiled), peak_bytes(lambda c=compiled: c.loss(x, y).backward(), known)
 
 
+PEAKED = ("mlp", "cnn", "resnet", "unet", "gpt", "lstm", "vit", "gcn")
+
+
 @pytest.mark.parametrize(
     ("name", "budgets"),
     [
         ("mlp", (0.6, 0.15)),
-        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25, 0.15), marks=SLOW) for name in ("mlp", "cnn", "gpt")],
+        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25, 0.15), marks=SLOW) for name in PEAKED],
     ],
 )
 def test_peak_is_predicted_and_falls_with_the_budget(name, budgets):
     """Chains of recomputed values through several blocks would raise it again."""
     last = None
     for predicted, measured_bytes in peaks(name, budgets):
-        assert abs(predicted / measured_bytes - 1) < 0.05
+        assert abs(predicted / measured_bytes - 1) < 0.01
         assert last is None or measured_bytes <= 1.03 * last
         last = measured_bytes
     assert last is not None

@@ -174,16 +174,17 @@ def saved_values(graph: JointGraph, part: Partition | None = None) -> list[Saved
     results = {base_of(node) for node in part.graph.outputs.values()}
     written = mutated_bases(graph.nodes)
     data = _data_dependent(graph)
+    read = {node: tuple(_readings(node)) for node in graph.nodes if node in stored}
     return [
         SavedValue(
             node,
             stored[node].nbytes,
-            tuple(_readings(node)),
-            _closed(node, stored[node].carried, node in results, node in written),
+            readings,
+            # an early gradient that leaves as a view of it has no reader: it is only given away
+            _closed(node, stored[node].carried or not readings, node in results, node in written),
             node not in data,
         )
-        for node in graph.nodes
-        if node in stored
+        for node, readings in read.items()
     ]
 
 

@@ -71,14 +71,14 @@ class Sensitivity:
             stored = [made] if isinstance(made, torch.Tensor) else list(made)
             return codec.decode(stored, laid_out).permute([order.index(d) for d in range(len(order))])
 
-    def again(self, chain: Iterable[fx.Node], target: fx.Node, changed: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
-        """A value computed again from changed ones, by the operators of `chain` in order."""
+    def again(self, chain: Iterable[fx.Node], changed: dict[fx.Node, torch.Tensor]) -> dict[fx.Node, Any]:
+        """The operators of `chain`, in order, once more: with changed values, which stay as they are."""
         env = self._with_views(changed)
         with torch.no_grad():
             for node in chain:
                 if node not in changed:
                     env[node] = self._run(node, env)
-        return env[target]  # type: ignore[no-any-return]
+        return env
 
     def error(self, changed: dict[fx.Node, torch.Tensor], values: dict[fx.Node, SavedValue]) -> float:
         """Relative error of all gradients together when the backward reads `changed` in the place of saved values.

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from graphrewrite.graph.nodes import flat_inputs
+from graphrewrite.graph.nodes import flat_inputs, is_backward, unobserved, value
 from graphrewrite.graph.ops import VjpCall, call_operator, is_vjp
 from graphrewrite.graph.tape import Tape
+from graphrewrite.graph.verify import has_random
 
 if TYPE_CHECKING:
     from graphrewrite.graph.joint import JointGraph
@@ -79,6 +80,44 @@ def interpret(
                 env.pop(dead, None)
                 tapes.pop(dead, None)
     return results
+
+
+def observe_sizes(graph: JointGraph, probe: Callable[[JointGraph], Sequence[Any]]) -> None:
+    """Let sizes that depend on data (the edges that a mask leaves) be known at those of an example, as other sizes are.
+
+    What computes them is run once, where there is any.
+
+    Args:
+        graph: ATen level.
+        probe: Gives example values of the placeholders, in order.
+    """
+    news = [node for node in graph.nodes if unobserved(node.meta.get("val"))]
+    if not news:
+        return
+    needed: set[fx.Node] = set()
+    stack = list(news)
+    while stack:
+        node = stack.pop()
+        if node not in needed and not is_backward(node):
+            needed.add(node)
+            stack += node.all_input_nodes
+    given = iter(probe(graph))
+    env: dict[fx.Node, Any] = {}
+    with torch.random.fork_rng(enabled=has_random(graph)), torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node not in needed:
+                continue
+            elif node.op == "get_attr":
+                env[node] = getattr(graph.module, str(node.target))
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = call_operator(node.target, args, kwargs)  # type: ignore[arg-type]
+            if isinstance(env[node], torch.Tensor):
+                for fake, real in zip(value(node).shape, env[node].shape, strict=True):
+                    if isinstance(fake, torch.SymInt) and fake.node.hint is None and fake.node.expr.is_symbol:
+                        fake.node.shape_env.var_to_hint_override[fake.node.expr] = real
 
 
 def _run_vjp(node: fx.Node, env: dict[fx.Node, Any], tapes: dict[fx.Node, Tape]) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from graphrewrite._compat import FakeTensor
+from graphrewrite._compat import FakeTensor, free_unbacked_symbols, known_sizes
 
 
 class Role(StrEnum):
@@ -380,11 +380,22 @@ def nbytes(val: Any) -> int:
 
 
 def hint(size: Any) -> int:
-    """The example's size behind a symbolic one."""
-    if isinstance(size, torch.SymInt):
-        known = size.node.hint
-        return 1 if known is None else int(known)
-    return int(size)
+    """The example's size behind a symbolic one; 1 for one that depends on data and was not observed."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    known = size.node.expr.xreplace(known_sizes(size.node.shape_env))
+    return 1 if getattr(known, "free_symbols", ()) else int(known)
+
+
+def unobserved(val: Any) -> set[Any]:
+    """Symbols of a tensor's sizes that depend on data and that no example has told yet."""
+    sizes = val.shape if isinstance(val, torch.Tensor) else ()
+    found: set[Any] = set()
+    for one in (s.node for s in sizes if isinstance(s, torch.SymInt) and s.node.hint is None):
+        found |= free_unbacked_symbols(one.expr) - one.shape_env.var_to_hint_override.keys()
+    return found
 
 
 def fix(size: Any) -> int:

@@ -11,7 +11,7 @@ from torch import fx
 
 from graphrewrite.graph.aliasing import base_of, mutated_bases, owns_no_memory
 from graphrewrite.graph.loop import LoopCall, is_loop
-from graphrewrite.graph.nodes import LOSS_BLOCK, info, nbytes, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, info, is_getitem, nbytes, value
 from graphrewrite.graph.ops import is_impure
 
 if TYPE_CHECKING:
@@ -121,14 +121,14 @@ def live_bytes(nodes: Sequence[fx.Node], kept: set[fx.Node], given: Iterable[fx.
     owned = {*nodes, *given}
     live, curve = sum(_size(n) for n in given), []
     for node in nodes:
-        allocated = _allocates(node)
-        live += allocated
-        curve.append(live + _inside(node))
+        before = live
+        live += _allocates(node)
+        curve.append(max(live, before + _inside(node)))
         for base in dying.get(node, ()):
             if base in owned and base not in kept:
                 live -= _size(base)
-        if not node.users and node not in kept:
-            live -= allocated
+        if not node.users and node not in kept and not owns_no_memory(node):
+            live -= _size(node)
     return curve
 
 
@@ -141,9 +141,14 @@ def _inside(node: fx.Node) -> int:
 
 
 def _allocates(node: fx.Node) -> int:
-    return 0 if owns_no_memory(node) else _size(node)
+    """An operator with several results makes them all at once, whether or not anything takes them out."""
+    return 0 if owns_no_memory(node) or is_getitem(node) else nbytes(value(node))
 
 
 def _size(base: fx.Node) -> int:
-    """An operator with several results is counted at its `getitem`s."""
-    return 0 if isinstance(value(base), (tuple, list)) else nbytes(value(base))
+    """What is freed with a value; with a tuple the results that nothing takes out of it."""
+    val = value(base)
+    if not isinstance(val, (tuple, list)):
+        return nbytes(val)
+    taken = {user.args[1] for user in base.users if is_getitem(user)}
+    return sum(nbytes(one) for i, one in enumerate(val) if i not in taken)

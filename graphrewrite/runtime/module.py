@@ -542,15 +542,19 @@ class CompiledModule(StatefulModule):
             state.copy_(result)
 
     def _probe(self, graph: JointGraph, call: Call) -> list[Any]:
-        """Example values of a graph's inputs, for numeric verification; the rule state is not created by it."""
+        """Example values of a graph's inputs, for numeric verification and passes that measure.
+
+        The rule state is not created by it. Cotangents of outputs are drawn: equal ones would hide what cancels.
+        """
+        draw = torch.Generator().manual_seed(0)
         scratch = RuleState()
         scratch.create(graph.state_inits, self._options.seed)
         values: list[Any] = []
         for spec, node in graph.inputs.items():
             if isinstance(spec, Tangent):
-                values.append(
-                    torch.ones([int(s) for s in _sizes(node)], dtype=value(node).dtype, device=value(node).device)
-                )
+                sizes, like = [int(s) for s in _sizes(node)], value(node)
+                drawn = torch.randn(sizes, generator=draw) if sizes else torch.ones(())
+                values.append(drawn.to(like.device, like.dtype))
             elif isinstance(spec, State):
                 values.append(scratch.find(spec.name))
             elif isinstance(spec, Constant):

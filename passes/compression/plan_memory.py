@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from graphrewrite.passes.compression._plan_solver import UNIT, Candidate, Choice, Pair, Problem, bytes_of, solve
 from graphrewrite.passes.compression.compress_saved import (
     CompressSaved,
     build_codec,
@@ -21,9 +22,9 @@ from graphrewrite.analysis.cost import flops
 from graphrewrite.analysis.demands import SavedValue, saved_values
 from graphrewrite.analysis.recomputation import repeatable
 from graphrewrite.analysis.sensitivity import Sensitivity
-from graphrewrite.errors import GraphRewriteError, RuleError, VerifyError
+from graphrewrite.errors import RuleError, VerifyError
 from graphrewrite.graph.aliasing import base_of, views_of
-from graphrewrite.graph.codec import Codec, Declined
+from graphrewrite.graph.codec import Declined
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
@@ -44,94 +45,35 @@ FLOPS_PER_BYTE = 10.0
 """Operations that a machine does while it moves one byte, for the prediction of time."""
 CODEC_PASSES, MASK_PASSES, HOST_PASSES = 16.0, 4.0, 60.0
 """How often encoding and decoding move the bytes of a value."""
-UNIT = 0.01
-"""One per cent of gradient error weighs as much as one per cent of the step's time."""
-
-
-@dataclass
-class Choice:
-    """One way to treat one value.
-
-    Attributes:
-        codec: None: keep it.
-        text: Its text form.
-        nbytes: What is saved on the device.
-        error: Relative error of the gradient, alone.
-        time: Extra time, as a part of the step's.
-    """
-
-    codec: Codec | None
-    text: str
-    nbytes: int
-    error: float = 0.0
-    time: float = 0.0
-
-    @property
-    def lossy(self) -> bool:
-        """Whether the value comes back changed."""
-        return self.codec is not None and not getattr(self.codec, "exact", False)
-
-    @property
-    def cost(self) -> float:
-        """What is minimised, before the terms of pairs."""
-        return (self.error / UNIT) ** 2 + self.time / UNIT
-
-    def __str__(self) -> str:
-        return f"{self.text} ({self.nbytes:,} bytes, error {self.error:.2%}, time +{self.time:.2%})"
-
-
-@dataclass
-class Candidate:
-    """A saved value, what may be done about it, and what recomputing it needs.
-
-    Attributes:
-        saved: The value.
-        choices: Keep it comes first.
-        chain: The operators that compute it again, in order; empty if it cannot be.
-        frontier: The saved values that the chain starts from.
-        ancestors: Those, and what they are recomputed from in turn.
-    """
-
-    saved: SavedValue
-    choices: list[Choice]
-    chain: list[fx.Node] = field(default_factory=list)
-    frontier: list[fx.Node] = field(default_factory=list)
-    ancestors: set[fx.Node] = field(default_factory=set)
-
-    @property
-    def recompute(self) -> int | None:
-        """The position of the choice to compute it again."""
-        return next((i for i, c in enumerate(self.choices) if getattr(c.codec, "how", "") == "recompute"), None)
-
-
-@dataclass
-class Problem:
-    """What the solver gets."""
-
-    candidates: list[Candidate]
-    pairs: dict[tuple[int, int, int], float]
-    """(value that is recomputed, value it is recomputed from, choice of the latter) -> added cost."""
-    budget: int
-    apart: frozenset[tuple[int, int]] = frozenset()
-    """Values of which not both are recomputed."""
+ROUNDS = 4
+"""How often a plan is made anew because its error, measured with everything changed at once, was above the limit."""
+DEPTH = 8
+"""Over how many other values an error is followed through recomputations."""
+HELD = 1000.0
+"""What it weighs to bring all saved bytes back before their readers; more than time, less than a ruined gradient."""
 
 
 @dataclass(frozen=True)
 class PlanMemory(Pass):
     """Keep, mask, encode, recompute or offload every saved value, so that all together fit the budget.
 
-    An integer program minimises (gradient error / 1 %)^2 + time / 1 %, summed over values. The error that each codec
-    brings is measured: the backward runs again with the one value changed, on the example batch. Where a value is
-    recomputed from an encoded one, the error of the pair is measured. Time is predicted from operations and bytes.
+    An integer program minimises (gradient error / 1 %)^2 + time / 1 %, summed over values, with the sum of the errors
+    below `error` if any plan that fits the budget is. The error that each codec brings is measured: the backward runs
+    again with the one value changed, on the example batch. Where a value is recomputed from an encoded one, over others
+    or not, it is computed again from the decoded numbers, and its change weighs as much as one of its own codec. The
+    plan is measured as a whole, and made again with less error if it is above the limit. Time is predicted from
+    operations and bytes.
 
     Args:
         budget: A fraction of backpropagation's saved bytes, or an integer: bytes at the example's sizes.
         codecs: Codecs to choose from; exact ones cost no error.
+        error: Relative error of all gradients together that is not exceeded if the budget allows it.
         time_limit: Seconds after which the solver returns the best plan it has.
     """
 
     budget: float = 1.0
     codecs: tuple[Any, ...] = ("mask", "recompute", "cpu_offload", "bf16", "int8", "int4", "int2")
+    error: float = 0.01
     time_limit: float = 10.0
 
     name = "plan_memory"
@@ -159,17 +101,15 @@ class PlanMemory(Pass):
         names = Names(graph)
         candidates = self._candidates(graph, values)
         rest = total - sum(c.saved.nbytes for c in candidates)
-        pairs: dict[tuple[int, int, int], float] = {}
-        lowest = rest + _bytes_of(candidates, solve(Problem(candidates, {}, -1), self.time_limit))
+        lowest = rest + bytes_of(candidates, self._choose(Problem(candidates, -1)))
         if lowest > limit:
             raise RuleError(
                 f"memory_budget={self.budget} allows {limit:,} bytes, but the lowest feasible is {lowest:,} bytes "
                 f"({lowest / max(whole, 1):.4f} of the {whole:,} that backpropagation saves)",
                 remedy=f"use memory_budget={lowest} or more",
             )
-        if total > limit:
-            pairs = self._measure(graph, candidates)
-        chosen = self._solve(candidates, pairs, limit - rest)
+        errors = _Errors(graph, candidates) if total > limit and any(c.lossy for c in candidates) else None
+        chosen = self._solve(candidates, errors, limit - rest)
         known = {c.saved.node for c in candidates}
         done = [treatment(v, names, "keep", v.nbytes, v.closed) for v in values if v.node not in known]
         again: list[fx.Node] = []
@@ -198,23 +138,57 @@ class PlanMemory(Pass):
             raise VerifyError(f"the plan keeps {saved:,} bytes, more than the {limit:,} that it was made for")
         return PassResult(graph, bool(again or encoded))
 
-    def _solve(self, candidates: list[Candidate], pairs: dict[tuple[int, int, int], float], budget: int) -> list[int]:
-        """The plan; if the budget allows it, one in which nothing is recomputed from what another block recomputes.
+    def _solve(self, candidates: list[Candidate], errors: _Errors | None, budget: int) -> list[int]:
+        """The plan; if the budget allows it, one in which no block recomputes from what another block reads.
 
-        What is recomputed on the way to a later value lives until its own reader: chains through several blocks would
-        bring all of their values back at once, and the peak would grow as the budget shrinks.
+        What is recomputed on the way to a value that is read sooner lives until its own reader: chains through several
+        blocks would bring all of their values back at once, and the peak would grow as the budget shrinks.
         """
         index = {c.saved.node: i for i, c in enumerate(candidates)}
+        read_in = [info(min(r.reader for r in c.saved.readings)).block for c in candidates]
         apart = frozenset(
             (i, index[source])
             for i, c in enumerate(candidates)
             for source in c.frontier
-            if source in index and info(source).block != info(c.saved.node).block != LOSS_BLOCK
+            if source in index and read_in[index[source]] != read_in[i] != LOSS_BLOCK
         )
-        separate = Problem(candidates, pairs, -1, apart)
-        if _bytes_of(candidates, solve(separate, self.time_limit)) <= budget:
-            return solve(Problem(candidates, pairs, budget, apart), self.time_limit)
-        return solve(Problem(candidates, pairs, budget), self.time_limit)
+        pairs = errors.pairs if errors else []
+        whole = sum(c.saved.nbytes for c in candidates)
+        held = [
+            Pair(i, k, (), {again: HELD * candidates[k].saved.nbytes / whole}, lossy=False)
+            for i, k in apart
+            if candidates[i].recompute is not None and (again := candidates[k].recompute) is not None
+        ]
+        problems = Problem(candidates, budget, pairs, apart), Problem(candidates, budget, [*pairs, *held])
+        if errors is None:
+            return solve(problems[0], self.time_limit) or self._choose(problems[1])
+        plans = []
+        for problem in problems:
+            plans += self._with_errors(problem, errors)
+            if plans and plans[-1][0] <= self.error:
+                return plans[-1][1]
+        return min(plans)[1]
+
+    def _choose(self, problem: Problem) -> list[int]:
+        found = solve(problem, self.time_limit)
+        assert found is not None
+        return found
+
+    def _with_errors(self, problem: Problem, errors: _Errors) -> list[tuple[float, list[int]]]:
+        """Plans and what they are measured to err; the last is below the limit, or meant to err as little as it can."""
+        most = (self.error / UNIT) ** 2
+        plans: list[tuple[float, list[int]]] = []
+        for _ in range(ROUNDS):
+            chosen = solve(replace(problem, most=most), self.time_limit)
+            if chosen is None:
+                break
+            plans.append((errors.of(chosen), chosen))
+            if plans[-1][0] <= self.error:
+                return plans
+            most *= 0.8 * (self.error / plans[-1][0]) ** 2
+        # predictions add up what may cancel: whatever they say, try the least
+        chosen = solve(replace(problem, time=0.01), self.time_limit)
+        return plans if chosen is None else [*plans, (errors.of(chosen), chosen)]
 
     # --- what can be done ---------------------------------------------------------------------------------------------
 
@@ -261,51 +235,90 @@ class PlanMemory(Pass):
                     stack += by_node[node].frontier if node in by_node else []
         return found
 
-    # --- what it costs ------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _measure(graph: JointGraph, candidates: list[Candidate]) -> dict[tuple[int, int, int], float]:
-        """Fill in the errors of lossy choices; returns the added cost of pairs.
+class _Errors:
+    """Measured errors: those of choices, which are filled in, of pairs, and of whole plans.
 
-        Of each value one codec is measured, the coarsest; the others by the ratio of their round-trip errors.
-        """
+    Attributes:
+        pairs: What recomputing from encoded values adds.
+    """
+
+    def __init__(self, graph: JointGraph, candidates: list[Candidate]) -> None:
         assert graph.context.example is not None
-        if not any(choice.lossy for c in candidates for choice in c.choices):
-            return {}
-        run = Sensitivity(graph, graph.context.example(graph))
-        values = {c.saved.node: c.saved for c in candidates}
-        ratios: dict[int, dict[int, float]] = {}
-        changed: dict[int, torch.Tensor] = {}
-        for i, c in enumerate(candidates):
-            exact = run.number(c.saved.node)
-            worst = (-1.0, -1)
-            apart: dict[int, float] = {}
-            for j, choice in enumerate(c.choices):
-                if choice.lossy and choice.codec is not None:
-                    apart[j] = float((run.round_trip(c.saved, choice.codec) - exact).to(torch.float64).norm())
-                    worst = max(worst, (apart[j], j))
-            if worst[1] < 0:
+        self._run = Sensitivity(graph, graph.context.example(graph))
+        self._candidates = candidates
+        self._values = {c.saved.node: c.saved for c in candidates}
+        self._index = {c.saved.node: i for i, c in enumerate(candidates)}
+        self._weights: dict[int, float] = {}
+        """Gradient error for a change of a value of norm one."""
+        self.pairs = [pair for i in range(len(candidates)) for pair in self._choices(i)]
+
+    def of(self, chosen: Sequence[int]) -> float:
+        """The error of a plan, everything changed at once."""
+        changed: dict[fx.Node, torch.Tensor] = {}
+        again = []
+        for c, j in zip(self._candidates, chosen, strict=True):
+            choice = c.choices[j]
+            if choice.codec is not None and choice.lossy:
+                changed[c.saved.node] = self._run.round_trip(c.saved, choice.codec)
+            elif j == c.recompute:
+                again.append(c)
+        env = self._run.again(sorted({n for c in again for n in c.chain}), changed)
+        changed.update({c.saved.node: env[c.saved.node] for c in again})
+        return self._run.error(changed, self._values)
+
+    def _choices(self, k: int) -> list[Pair]:
+        """Fill in the errors of a value's lossy choices; returns what those bring to what is recomputed from it.
+
+        One codec is measured, the coarsest; the others by the ratio of their round-trip errors.
+        """
+        candidate = self._candidates[k]
+        exact = self._run.number(candidate.saved.node)
+        back = {
+            j: self._run.round_trip(candidate.saved, choice.codec)
+            for j, choice in enumerate(candidate.choices)
+            if choice.lossy and choice.codec is not None
+        }
+        norms = {j: float((one - exact).to(torch.float64).norm()) for j, one in back.items()}
+        coarsest = max(norms, key=norms.__getitem__, default=-1)
+        if coarsest < 0 or not norms[coarsest]:
+            return []
+        weight = self._weight(k, norms[coarsest], back[coarsest])
+        for j, norm in norms.items():
+            candidate.choices[j].error = weight * norm
+        through = self._recomputed_from(k)
+        env = self._run.again(
+            sorted({n for i in through for n in self._candidates[i].chain}), {candidate.saved.node: back[coarsest]}
+        )
+        pairs = []
+        for i, over in through.items():
+            node = self._candidates[i].saved.node
+            if not env[node].is_floating_point():
                 continue
-            coarsest = c.choices[worst[1]].codec
-            assert coarsest is not None
-            changed[i] = run.round_trip(c.saved, coarsest)
-            error = run.error({c.saved.node: changed[i]}, values)
-            ratios[i] = {j: one / worst[0] if worst[0] else 0.0 for j, one in apart.items()}
-            for j, ratio in ratios[i].items():
-                c.choices[j].error = error * ratio
-        pairs: dict[tuple[int, int, int], float] = {}
-        index = {c.saved.node: i for i, c in enumerate(candidates)}
-        for i, c in enumerate(candidates):
-            for source in c.frontier:
-                k = index.get(source)
-                if k is None or k not in changed:
-                    continue
-                new = {source: changed[k]}
-                both = run.error({**new, c.saved.node: run.again(c.chain, c.saved.node, new)}, values)
-                alone = max((candidates[k].choices[j].error for j in ratios[k]), default=0.0)
-                for j, ratio in ratios[k].items():
-                    pairs[i, k, j] = max(0.0, both**2 - alone**2) * ratio**2 / UNIT**2
+            norm = float((env[node] - self._run.number(node)).to(torch.float64).norm())
+            harm = (self._weight(i, norm, env[node]) * norm / UNIT) ** 2
+            pairs.append(Pair(i, k, over, {j: harm * (one / norms[coarsest]) ** 2 for j, one in norms.items()}))
         return pairs
+
+    def _weight(self, i: int, norm: float, changed: torch.Tensor) -> float:
+        if i not in self._weights and norm:
+            node = self._candidates[i].saved.node
+            self._weights[i] = self._run.error({node: changed}, self._values) / norm
+        return self._weights.get(i, 0.0)
+
+    def _recomputed_from(self, k: int) -> dict[int, tuple[int, ...]]:
+        """Values that may be recomputed from one -> the fewest that have to be recomputed in between."""
+        found: dict[int, tuple[int, ...]] = {k: ()}
+        for i, c in enumerate(self._candidates):
+            if i == k or c.recompute is None or c.saved.needed_exactly:
+                continue
+            sources = [self._index[s] for s in c.frontier if self._index.get(s) in found]
+            if sources:
+                over = min((() if s == k else (*found[s], s) for s in sources), key=len)
+                if len(over) <= DEPTH:
+                    found[i] = over
+        del found[k]
+        return found
 
 
 def check_budget(budget: Any) -> None:
@@ -323,85 +336,6 @@ def check_budget(budget: Any) -> None:
         )
 
 
-def solve(problem: Problem, time_limit: float) -> list[int]:
-    """The choice for each candidate; a negative budget asks for the fewest bytes.
-
-    Raises:
-        GraphRewriteError: scipy is missing, or it found no plan in time.
-    """
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError as error:
-        raise GraphRewriteError(
-            "memory_budget= needs scipy", remedy="install graphrewrite[plan], which brings scipy"
-        ) from error
-    candidates = problem.candidates
-    if not candidates:
-        return []
-    first, count = [], 0
-    for c in candidates:
-        first.append(count)
-        count += len(c.choices)
-    pairs = [(key, cost) for key, cost in problem.pairs.items() if cost > 1e-9]
-    fewest = problem.budget < 0
-    cost = [float(x.nbytes) if fewest else x.cost for c in candidates for x in c.choices] + [p for _, p in pairs]
-    rows: list[dict[int, float]] = []
-    low: list[float] = []
-    high: list[float] = []
-
-    def constrain(row: dict[int, float], least: float, most: float) -> None:
-        rows.append(row)
-        low.append(least)
-        high.append(most)
-
-    index = {c.saved.node: i for i, c in enumerate(candidates)}
-    for i, c in enumerate(candidates):
-        constrain({first[i] + j: 1.0 for j in range(len(c.choices))}, 1, 1)
-        if c.recompute is None:
-            continue
-        for source in c.ancestors:
-            k = index.get(source)
-            if k is None:
-                continue
-            for j, choice in enumerate(candidates[k].choices):
-                whole = getattr(choice.codec, "name", "") == "mask"
-                if whole or (choice.lossy and c.saved.needed_exactly):
-                    constrain({first[i] + c.recompute: 1.0, first[k] + j: 1.0}, -np.inf, 1)
-    for i, k in problem.apart:
-        again, before = candidates[i].recompute, candidates[k].recompute
-        if again is not None and before is not None:
-            constrain({first[i] + again: 1.0, first[k] + before: 1.0}, -np.inf, 1)
-    if not fewest:
-        constrain(
-            {first[i] + j: float(x.nbytes) for i, c in enumerate(candidates) for j, x in enumerate(c.choices)},
-            -np.inf,
-            problem.budget,
-        )
-    for n, ((i, k, j), _) in enumerate(pairs):
-        recompute = candidates[i].recompute
-        assert recompute is not None
-        constrain({first[i] + recompute: 1.0, first[k] + j: 1.0, count + n: -1.0}, -np.inf, 1)
-    data = [v for row in rows for v in row.values()]
-    columns = [k for row in rows for k in row]
-    starts = np.cumsum([0, *[len(row) for row in rows]])
-    matrix = csr_array((data, columns, starts), shape=(len(rows), len(cost)))
-    result = milp(
-        np.array(cost),
-        constraints=LinearConstraint(matrix, np.array(low), np.array(high)),
-        integrality=np.array([1] * count + [0] * len(pairs)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": time_limit, "mip_rel_gap": 1e-3},
-    )
-    if result.x is None:
-        raise GraphRewriteError(f"the solver found no plan: {result.message}", remedy="raise time_limit or the budget")
-    return [
-        max(range(len(c.choices)), key=lambda j, i=i: result.x[first[i] + j])  # type: ignore[misc]
-        for i, c in enumerate(candidates)
-    ]
-
-
 def _overwritten(graph: JointGraph) -> dict[InputSpec, int]:
     """Inputs that the call writes to once it is over, and the bytes of the copy that a recomputation would need."""
     names = {s.name for s in graph.outputs if isinstance(s, BufferUpdate)}
@@ -411,10 +345,6 @@ def _overwritten(graph: JointGraph) -> dict[InputSpec, int]:
         for spec, node in graph.inputs.items()
         if (isinstance(spec, Buffer) and spec.name in names) or (isinstance(spec, UserInput) and spec.index in places)
     }
-
-
-def _bytes_of(candidates: Sequence[Candidate], chosen: Sequence[int]) -> int:
-    return sum(c.choices[j].nbytes for c, j in zip(candidates, chosen, strict=True))
 
 
 def _chain(node: fx.Node, stored: set[fx.Node], free: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]] | None:
