@@ -4,8 +4,8 @@
 
 Eight GPT blocks, one thread per process. The ideal is half of the time that one process takes for the same batch,
 micro-batch by micro-batch, in the same run. `stock` stages are the eager modules with torch's own split; ours are
-compiled with `split_backward=True`, also under a schedule made for the F, I and W that were measured, with the memory of
-ZBVZeroBubble, and also lowered by Inductor, which the stock schedules with a W refuse. Rounds are interleaved over
+compiled with `split_backward=True`, also under a schedule made for the F, I and W that were measured, with the memory
+of ZBVZeroBubble, and also lowered by Inductor, which the stock schedules with a W refuse. Rounds are interleaved over
 schedules; medians. The processor time of both processes over that of the one tells the work that a schedule adds from
 the time that it waits; page faults tell memory that glibc handed back and fetched again.
 

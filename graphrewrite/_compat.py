@@ -66,6 +66,7 @@ __all__ = [
     "preserve_annotations",
     "quiet_export",
     "recurrent_decompositions",
+    "reduces_gradients",
     "register_dynamo_backend",
     "release_saved",
     "rerun",
@@ -155,6 +156,12 @@ def release_saved(ctx: Any) -> None:
 def will_execute(node: Any) -> bool:
     """Whether the backward that is running will execute a node of the autograd graph."""
     return bool(torch._C._will_engine_execute_node(node))
+
+
+def reduces_gradients() -> bool:
+    """Whether the call runs inside the forward of a DistributedDataParallel that will reduce its gradients."""
+    active: Any = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+    return active is not None and bool(active.require_backward_grad_sync)
 
 
 def pipeline_actions(

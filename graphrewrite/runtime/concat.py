@@ -73,9 +73,9 @@ class ConcatPlan:
             p for p in self._placeholders if self._kinds[p] == "same" and any(user in late for user in p.users)
         ]
         early = self._before([node for node, _ in self.operands])
-        self.prepare = self._run(self._placeholders, early, [node for node, _ in self.operands])
+        self.prepare = excerpt(self.module, self._placeholders, early, [node for node, _ in self.operands])
         rest = self._before(list(self.apart.values()))
-        self.rest = self._run(self._placeholders, rest, list(self.apart.values()))
+        self.rest = excerpt(self.module, self._placeholders, rest, list(self.apart.values()))
         self._finish: dict[int, Callable[[list[Any]], Sequence[Any]]] = {}
 
     # --- telling what adds up ----------------------------------------------------------------------------------------
@@ -150,16 +150,6 @@ class ConcatPlan:
                 wanted.update(node.all_input_nodes)
         return found[::-1]
 
-    def _run(
-        self, inputs: list[fx.Node], nodes: list[fx.Node], results: list[fx.Node]
-    ) -> Callable[[list[Any]], Sequence[Any]]:
-        graph = fx.Graph()
-        env = {node: graph.placeholder(node.name) for node in inputs}
-        for node in nodes:
-            env[node] = graph.node_copy(node, env.__getitem__)
-        graph.output(tuple(env[n] for n in results))
-        return boxed(fx.GraphModule(self.module, graph))
-
     def finish(self, count: int) -> Callable[[list[Any]], Sequence[Any]]:
         """The part behind, for some micro-batches: takes the operands of the first, ..., then what they share."""
         known = self._finish.get(count)
@@ -198,6 +188,18 @@ class ConcatPlan:
         """The values that the part behind reads as they are."""
         wanted = set(self._shared)
         return [v for p, v in zip(self._placeholders, values, strict=True) if p in wanted]
+
+
+def excerpt(
+    module: fx.GraphModule, inputs: list[fx.Node], nodes: list[fx.Node], results: list[fx.Node]
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Some nodes of a stage as a callable that empties the list it is given."""
+    graph = fx.Graph()
+    env = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[n] for n in results))
+    return boxed(fx.GraphModule(module, graph))
 
 
 def run_concatenated(micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[list[tuple[OutputSpec, Any]], MicroBatch]]:
