@@ -4,10 +4,10 @@
 
 Eight GPT blocks, one thread per process. The ideal is half of the time that one process takes for the same batch,
 micro-batch by micro-batch, in the same run. `stock` stages are the eager modules with torch's own split; ours are
-compiled with `split_backward=True`, also under a schedule made for the F, I and W that were measured, with the memory
-of ZBVZeroBubble, and also lowered by Inductor, which the stock schedules with a W refuse. Rounds are interleaved over
-schedules; medians. The processor time of both processes over that of the one tells the work that a schedule adds from
-the time that it waits; page faults tell memory that glibc handed back and fetched again.
+compiled with `split_backward=True`, also lowered by Inductor, which the stock schedules with a W refuse, and also under
+schedules made for the F, I and W that were measured: with two stages per process, folded back, and with one. Rounds are
+interleaved over schedules; medians. The processor time of both processes over that of the one tells the work that a
+schedule adds from the time that it waits. glibc keeps freed memory in all of them, so that no schedule pays for pages.
 
 Writes `results/pipeline_<micro-batches>.json`.
 """
@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import write
+from common import keep_memory, write
 from graphrewrite.backends.distributed import Pipeline, cut, optimise
 from graphrewrite.backends.distributed.pipeline import SINGLE, stages_of_rank
-from graphrewrite.backends.distributed.simulate import StageCost, actions_of, simulate
+from graphrewrite.backends.distributed.simulate import StageCost
 from overhead import Layer
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
@@ -41,7 +41,9 @@ import graphrewrite as gr
 
 WIDTH, HEADS, LAYERS, TOKENS = 256, 4, 8, 64
 STOCK = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")
-OURS = tuple(itertools.product(("ZBVZeroBubble", "made"), ("eager", "inductor")))
+HELD = 3
+"""Micro-batches that a process may hold under a schedule that is made; ZBVZeroBubble holds two."""
+OURS = tuple(itertools.product(("ZBVZeroBubble", "made", "made, one stage each"), ("eager", "inductor")))
 
 
 def mean_square(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -78,9 +80,9 @@ def stock(schedule: str, micro_batches: int, outline: torch.Tensor) -> Callable[
     return step
 
 
-def measured_costs(micro_batch: torch.Tensor, backend: str) -> list[StageCost]:
-    """F, I and W of a quarter of the model, in both processes at once, and what it holds."""
-    two = gr.compile(model()[: LAYERS // 4], split_backward=True, dynamic=None, backend=backend)
+def measured_costs(micro_batch: torch.Tensor, stages: int, backend: str) -> list[StageCost]:
+    """F, I and W of a stage, in both processes at once, and what it holds."""
+    two = gr.compile(model()[: LAYERS // stages], split_backward=True, dynamic=None, backend=backend)
     rows = []
     for _ in range(5):
         x = micro_batch.clone().requires_grad_()
@@ -95,16 +97,17 @@ def measured_costs(micro_batch: torch.Tensor, backend: str) -> list[StageCost]:
     found = torch.tensor([statistics.median(column) for column in zip(*rows[1:], strict=True)], dtype=torch.float64)
     dist.broadcast(found, 0)
     report = two.report()
-    return [StageCost(*found.tolist(), saved=float(report.saved_bytes), held=float(report.held_bytes))] * 4
+    return [StageCost(*found.tolist(), saved=float(report.saved_bytes), held=float(report.held_bytes))] * stages
 
 
 def ours(schedule: str, backend: str, micro_batches: int, micro_batch: torch.Tensor) -> Callable[[Any, Any], Any]:
-    made = cut(model(), micro_batch, 4, blocks=[str(i) for i in range(LAYERS)])
+    place = [0, 1] if "one" in schedule else [0, 1, 1, 0]
+    made = cut(model(), micro_batch, len(place), blocks=[str(i) for i in range(LAYERS)])
     chosen: Any = schedule
-    if schedule == "made":
-        costs = measured_costs(micro_batch, backend)
-        cap = max(simulate(actions_of("ZBVZeroBubble", 2, micro_batches), costs).peak)
-        chosen = optimise(costs, [0, 1, 1, 0], micro_batches, cap=cap).actions
+    if schedule not in STOCK:
+        costs = measured_costs(micro_batch, len(place), backend)
+        cap = HELD * max(costs[0].saved, costs[0].held) * len(place) / 2
+        chosen = optimise(costs, place, micro_batches, cap=cap).actions
     pipeline = Pipeline(made, chosen, micro_batches, loss=mean_square, backend=backend)
 
     def step(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -117,6 +120,7 @@ def ours(schedule: str, backend: str, micro_batches: int, micro_batch: torch.Ten
 
 def work(rank: int, port: int, given: argparse.Namespace, results: Any) -> None:
     torch.set_num_threads(1)
+    keep_memory()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=200))
     count = given.micro_batches

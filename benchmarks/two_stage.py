@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import resource
 import statistics
 import time
@@ -26,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import write
+from common import keep_memory, write
 from overhead import Layer
 from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
@@ -51,14 +50,6 @@ def forward(model: nn.Module, tokens: tuple[int, int]) -> tuple[torch.Tensor, to
     x = torch.randn(*tokens, WIDTH, requires_grad=True)
     out = model(x)
     return x, out, torch.randn_like(out)
-
-
-def keep_memory() -> None:
-    """From here on glibc keeps freed memory, as a caching allocator does."""
-    libc = ctypes.CDLL(None)
-    for option, size in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        if not libc.mallopt(option, size):
-            raise OSError("glibc refused a memory option")
 
 
 def faults() -> int:

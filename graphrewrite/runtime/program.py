@@ -80,6 +80,9 @@ class Program:
         self.differentiable = [spec.of for spec in part.backward_outputs if isinstance(spec, Grad)]
         self.positions = {spec: i for i, spec in enumerate(part.forward_inputs)}
         self._diff_slots = [self.positions.get(spec, -1) for spec in self.differentiable]
+        self._leaf_slots = [
+            (s, self.positions.get(s.of, -1)) for s in part.backward_weight_outputs if isinstance(s, Grad)
+        ]
         outputs = part.forward_outputs
         self.tangent_slots = [-1] * part.result_count
         for i, tangent in enumerate(part.tangents):
@@ -117,7 +120,7 @@ class Program:
             The results of the forward; `partition.forward_outputs` says which is what.
         """
         values = [fetch(spec) for spec in self.partition.forward_inputs]
-        leaves = [(s, fetch(s.of)) for s in self.partition.backward_weight_outputs if isinstance(s, Grad)]
+        leaves = [(s, values[p] if p >= 0 else fetch(s.of)) for s, p in self._leaf_slots]
         if not self.differentiable and not leaves:
             return list(self.run_forward(values))
         tensors = [
@@ -161,7 +164,7 @@ class Program:
 
     def unread(self, spec: OutputSpec, missing: frozenset[int]) -> bool:
         """Whether all cotangents that a result of the weight stage depends on are missing: it is None, then."""
-        return _unused(missing, self._weight_depends[spec])
+        return bool(missing) and _unused(missing, self._weight_depends[spec])
 
     def concat_plan(self) -> ConcatPlan | None:
         """How the weight stage runs for several micro-batches at once; None if there is no such stage."""

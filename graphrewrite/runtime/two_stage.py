@@ -188,14 +188,14 @@ class WeightQueue:
 
 def _hand_over(results: Iterable[tuple[Any, Any]], one: MicroBatch) -> None:
     """Give gradients to autograd, which adds them into `.grad`."""
-    leaves: dict[Any, torch.Tensor] = dict(one.leaves)
+    leaves = {id(spec): leaf for spec, leaf in one.leaves}  # hashing a specification takes longer
     gradients: list[Any] = []
     targets: list[torch.Tensor] = []
     for spec, result in results:
         if isinstance(spec, Grad):
             if result is not None:
                 gradients.append(result)
-                targets.append(leaves[spec])
+                targets.append(leaves[id(spec)])
         else:
             one.on_backward(spec, result)
     del results
