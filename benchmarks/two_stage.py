@@ -182,6 +182,7 @@ def held() -> list[dict[str, Any]]:
 
 
 def concatenated(rounds: int) -> list[dict[str, Any]]:
+    keep_memory()
     rows = []
     for count in (64, 256, 512):
         two = gr.compile(stage(1), split_backward=True)
