@@ -166,18 +166,19 @@ def reduces_gradients() -> bool:
 
 def pipeline_actions(
     schedule: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None
-) -> list[list[tuple[int, str, int]]]:
+) -> list[list[tuple[int, str, int, bool]]]:
     """Compute actions of one of torch's pipeline schedules, per process: (stage, "F", "I", "W" or "B", micro-batch).
 
     The engine keeps them in `pipeline_order`; actions that it overlaps are listed one after the other, as its runtime
-    runs them.
+    runs them. The last element tells those from behind which it sends nothing until the next one is over, too.
     """
     from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
-    def flat(action: Any) -> list[tuple[int, str, int]]:
+    def flat(action: Any) -> list[tuple[int, str, int, bool]]:
         if action.sub_actions is not None:
-            return [one for sub in action.sub_actions for one in flat(sub)]
-        return [(action.stage_index, action.computation_type.value, action.microbatch_index)]
+            *before, last = [one for sub in action.sub_actions for one in flat(sub)]
+            return [*((stage, kind, mb, True) for stage, kind, mb, _ in before), last]
+        return [(action.stage_index, action.computation_type.value, action.microbatch_index, False)]
 
     found = get_schedule_ops(schedule, ranks, micro_batches, stages_per_rank)
     listed = [[one for action in rank if action is not None for one in flat(action)] for rank in found]
@@ -186,7 +187,7 @@ def pipeline_actions(
         # what torch lists for the last process begins with micro-batch 1; what it runs begins with 0
         for own in computed:
             numbers = iter(range(micro_batches))
-            own[:] = [(stage, kind, next(numbers) if kind == "F" else mb) for stage, kind, mb in own]
+            own[:] = [(stage, kind, next(numbers) if kind == "F" else mb, _) for stage, kind, mb, _ in own]
     return computed
 
 
@@ -196,7 +197,7 @@ def custom_schedule(
     loss: Callable[..., torch.Tensor],
     actions: Sequence[Sequence[tuple[int, str, int]]],
 ) -> Any:
-    """A schedule of the engine's runtime that executes given compute actions, as `pipeline_actions` lists them."""
+    """A schedule of the engine's runtime that executes given compute actions: (stage, kind, micro-batch)."""
     from torch.distributed.pipelining import schedules
 
     made = schedules._PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -367,12 +368,26 @@ BUBBLES = [
     ("DualPipeV", 8, 16, UNEVEN, 0.114),
     ("DualPipeV", 2, 4, StageCost(), 0.040),
 ]
-"""Idle share of each schedule, from an independent simulation of the engine's actions."""
+"""Idle share of each schedule, from an independent simulation of the engine's actions, that sends what is ready."""
+
+
+def test_what_the_engine_runs_as_one_sends_when_both_are_over():
+    """The engine lists a pair's messages behind the pair."""
+    for joined, starts in ((False, [1, 2]), (True, [2, 3])):
+        actions = [[Action("F", 0, 0, joined), Action("F", 0, 1)], [Action("F", 1, 0), Action("F", 1, 1)]]
+        timeline = simulate(actions, [StageCost()] * 2)
+        assert [span.start for span in timeline.spans[1]] == starts
+    # on the process itself the next stage goes on at once
+    actions = [[Action("F", 0, 0, True), Action("F", 1, 0)]]
+    assert simulate(actions, [StageCost()] * 2).makespan == 2
 
 
 @pytest.mark.parametrize(("schedule", "ranks", "micro_batches", "cost", "bubble"), BUBBLES)
 def test_bubbles_of_the_engines_schedules(schedule, ranks, micro_batches, cost, bubble):
-    timeline = simulate(actions_of(schedule, ranks, micro_batches), [cost] * 2 * ranks)
+    actions = actions_of(schedule, ranks, micro_batches)
+    assert any(a.joined for own in actions for a in own) == (schedule == "DualPipeV")
+    apart = [[dataclasses.replace(a, joined=False) for a in own] for own in actions]
+    timeline = simulate(apart, [cost] * 2 * ranks)
     assert timeline.bubble == pytest.approx(bubble, abs=6e-4)
     stages = 2 * ranks if "1F1B" not in (schedule, schedule[-4:]) and schedule != "GPipe" else None
     total = sum(span.end - span.start for own in timeline.spans for span in own)
