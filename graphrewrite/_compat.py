@@ -51,6 +51,7 @@ __all__ = [
     "custom_schedule",
     "eager_branches",
     "enable_python_dispatcher",
+    "forward_schedule",
     "free_unbacked_symbols",
     "functorch_wrapped",
     "inductor_code",
@@ -206,6 +207,30 @@ def custom_schedule(
         rank: [schedules._Action(stage, kinds(kind), mb) for stage, kind, mb in own] for rank, own in enumerate(actions)
     }
     made._prepare_schedule_with_comms(order)  # type: ignore[arg-type]
+    return made
+
+
+def forward_schedule(stage: Any, micro_batches: int, learn: Callable[[int], None]) -> Any:
+    """A schedule of the engine's runtime that sends activations only, and lets a stage learn behind what it has sent.
+
+    Args:
+        stage: This process's; stage k runs on process k of its group.
+        micro_batches: How many; each is a forward, then a W action, which communicates nothing.
+        learn: Called with the number of a micro-batch as the W action.
+    """
+    from torch.distributed.pipelining import schedules
+
+    made = schedules._PipelineScheduleRuntime([stage], micro_batches, scale_grads=False)
+    made.register_custom_function(schedules.BACKWARD_WEIGHT, lambda action, _context: learn(action.microbatch_index))
+    order = {
+        rank: [
+            schedules._Action(rank, kind, mb)
+            for mb in range(micro_batches)
+            for kind in (schedules.FORWARD, schedules.BACKWARD_WEIGHT)
+        ]
+        for rank in range(stage.num_stages)
+    }
+    made.pipeline_order_with_comms = schedules._add_send_recv(order, lambda k: k, stage.num_stages)
     return made
 
 

@@ -103,7 +103,8 @@ def run_local():
     )
     loss = pipeline.step(*batch())
     return {"loss": loss.item(), "gradients": named_gradients([pipeline.module.body.module])} | {
-        "head": {} if pipeline.module.head is None else pipeline.module.head.state_dict()
+        "head": {} if pipeline.module.head is None else pipeline.module.head.state_dict(),
+        "actions": [str(a) for a in pipeline.schedule.pipeline_order_with_comms[pipeline.schedule.rank]],
     }
 
 
@@ -232,6 +233,9 @@ def test_local_stages_learn_from_their_own_heads(quick):
     wanted = named_gradients([model])
     assert_gradients(quick[0]["local"]["gradients"] | quick[1]["local"]["gradients"], wanted)
     assert [r["local"]["loss"] for r in quick] == pytest.approx([loss.item() for loss in losses])
+    # each sends a micro-batch before it learns from it, and nothing comes back
+    assert quick[0]["local"]["actions"][:4] == ["0F0", "0SEND_F0", "0W0", "0F1"]
+    assert not [a for r in quick for a in r["local"]["actions"] if "SEND_B" in a or "RECV_B" in a]
 
 
 def test_error_broadcast_to_all_stages(quick):
@@ -575,10 +579,21 @@ def test_schedules_of_other_pipelines_are_refused(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["ddp.py"], ["pipeline.py"], ["pipeline.py", "--schedule", "1F1B"]])
-def test_examples_train(words):
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ddp.py"],
+        ["pipeline.py"],
+        ["pipeline.py", "--schedule", "1F1B"],
+        ["local_pipeline.py"],
+        ["local_pipeline.py", "--rule", "dfa"],
+    ],
+    ids=" ".join,
+)
+def test_examples_train(words, count):
     root = pathlib.Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         [*command, str(root / "examples" / words[0]), *words[1:]],

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-_INTO = {aten.mm.default: aten.addmm_.default, aten.bmm.default: aten.baddbmm_.default}
+_INTO: dict[Any, Any] = {aten.mm.default: aten.addmm_.default, aten.bmm.default: aten.baddbmm_.default}
 """Products, and the operators that add one to what is there."""
 
 Kind = Literal["each", "same", "sum", "unknown"]
@@ -176,9 +176,10 @@ class ConcatPlan:
             transposed = self._reduced[node][position][0] is not node.args[position]
             return graph.call_function(aten.t.default, (held,)) if transposed else held
 
-        def made_of(node: fx.Node, held: Callable[[Operand], fx.Node]) -> fx.Node:
+        def made_of(node: fx.Node, held: dict[Operand, fx.Node]) -> fx.Node:
+            operands = self._reduced[node]
             args = [
-                operand_of(node, i, held(operands[i])) if i in operands else fx.map_arg(a, env.__getitem__)
+                operand_of(node, i, held[operands[i]]) if i in operands else fx.map_arg(a, env.__getitem__)
                 for i, a in enumerate(node.args)
             ]
             return graph.call_function(node.target, tuple(args), fx.map_arg(node.kwargs, env.__getitem__))  # type: ignore[arg-type]
@@ -187,19 +188,20 @@ class ConcatPlan:
             operands = self._reduced.get(node, {})
             if not operands:
                 env[node] = graph.node_copy(node, env.__getitem__)
-            elif not _adds_in_place(node):
-                env[node] = made_of(node, join)
-            else:
-                index = {operand: self.operands.index(operand) for operand in operands.values()}
-                total = made_of(node, lambda operand, index=index: given[0][index[operand]])
-                for own in given[1:]:
-                    if node.target is aten.sum.dim_IntList:
-                        more = made_of(node, lambda operand, own=own, index=index: own[index[operand]])
-                        total = graph.call_function(aten.add_.Tensor, (total, more))
-                    else:
-                        pair = [operand_of(node, i, own[index[operand]]) for i, operand in operands.items()]
-                        total = graph.call_function(_INTO[node.target], (total, *pair))
-                env[node] = total
+                continue
+            if not _adds_in_place(node):
+                env[node] = made_of(node, {operand: join(operand) for operand in operands.values()})
+                continue
+            first, *others = [{o: own[self.operands.index(o)] for o in operands.values()} for own in given]
+            total = made_of(node, first)
+            for own in others:
+                into = _INTO.get(node.target)
+                if into is None:
+                    total = graph.call_function(aten.add_.Tensor, (total, made_of(node, own)))
+                else:
+                    pair = [operand_of(node, i, own[operand]) for i, operand in operands.items()]
+                    total = graph.call_function(into, (total, *pair))
+            env[node] = total
         graph.output(tuple(env[n] for n in self.together.values()))
         made = self._finish[count] = boxed(fx.GraphModule(self.module, graph))
         return made
