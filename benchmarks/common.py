@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import pathlib
@@ -30,6 +31,14 @@ def environment() -> dict[str, Any]:
         found["device"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found
+
+
+def keep_memory() -> None:
+    """From here on glibc keeps freed memory, as a caching allocator does."""
+    libc = ctypes.CDLL(None)
+    for option, size in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        if not libc.mallopt(option, size):
+            raise OSError("glibc refused a memory option")
 
 
 def _processor() -> str:

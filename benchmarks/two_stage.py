@@ -1,28 +1,31 @@
 """What a backward in two stages costs, holds and gains.
 
-    python benchmarks/two_stage.py [--only times|bytes]
+    python benchmarks/two_stage.py [--only times|concat|inductor|bytes]
 
-* Time of both stages over time of the one-stage backward, for a GPT stage; torch's own split over its own backward
-  beside it. Medians of interleaved pairs; the reference against itself is printed beside them.
+* Time of both stages over time of the one-stage backward, for a GPT stage, eager and (on request) lowered by Inductor;
+  torch's own split over its own backward beside it. Medians of interleaved pairs; the reference against itself is
+  printed beside them. Between the stages glibc hands memory back to the system and asks for it again, at some
+  microseconds per page: the same ratios with an allocator that keeps its memory tell that from the work itself.
 * Bytes held between the stages, in elements per token and layer divided by the width: as they are, with activations and
   cotangents computed again in the weight stage, with 8-bit codecs, and with all of it; the error of the weight
   gradients; and the peak of each, predicted from the graph and measured on a running step.
 * Weight gradients of eight micro-batches as one, over one by one.
 
-Writes `results/two_stage.json` (times) and `results/two_stage_bytes.json`.
+Writes `results/two_stage_<times|concat|inductor|bytes>.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import write
+from common import keep_memory, write
 from overhead import Layer
 from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
@@ -47,6 +50,10 @@ def forward(model: nn.Module, tokens: tuple[int, int]) -> tuple[torch.Tensor, to
     x = torch.randn(*tokens, WIDTH, requires_grad=True)
     out = model(x)
     return x, out, torch.randn_like(out)
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def timed(*calls: Callable[[], Any]) -> list[float]:
@@ -82,9 +89,12 @@ def pairs(ours: Callable[[], list[float]], reference: Callable[[], list[float]],
     for _ in range(2):
         ours()
         reference()
-    found, same, times, parts = [], [], [], []
+    found, same, times, parts, pages = [], [], [], [], []
     for _ in range(rounds):
-        first, mine, second = reference(), ours(), reference()
+        first, at = reference(), faults()
+        mine, then = ours(), faults()
+        second = reference()
+        pages.append([then - at, faults() - then])
         found.append(sum(mine) / (0.5 * (sum(first) + sum(second))))
         same.append(sum(second) / sum(first))
         times += [sum(first), sum(second)]
@@ -96,20 +106,20 @@ def pairs(ours: Callable[[], list[float]], reference: Callable[[], list[float]],
         "same": round(statistics.median(same), 4),
         "reference_ms": round(statistics.median(times) * 1e3, 2),
         "parts_ms": [round(statistics.median(column) * 1e3, 2) for column in zip(*parts, strict=True)],
+        "page_faults": [round(statistics.mean(column)) for column in zip(*pages, strict=True)],
     }
 
 
-def cost(rounds: int) -> list[dict[str, Any]]:
+def cost(rounds: int, backend: str = "eager") -> list[dict[str, Any]]:
     tokens = (4, 256)
     eager = stage()
-    one, two = gr.compile(copy.deepcopy(eager)), gr.compile(copy.deepcopy(eager), split_backward=True)
-    return [
-        {"case": "I + W over full", **pairs(lambda: two_stages(two, tokens), lambda: full(one, tokens), rounds)},
-        {
-            "case": "torch: I + W over full",
-            **pairs(lambda: torch_split(eager, tokens), lambda: full(eager, tokens), rounds),
-        },
-    ]
+    one, two = (gr.compile(copy.deepcopy(eager), split_backward=split, backend=backend) for split in (False, True))
+    cases = {f"{backend}: I + W over full": (lambda: two_stages(two, tokens), lambda: full(one, tokens))}
+    if backend == "eager":
+        cases["torch: I + W over full"] = (lambda: torch_split(eager, tokens), lambda: full(eager, tokens))
+    found = [{"case": case, "memory": "returned", **pairs(*both, rounds)} for case, both in cases.items()]
+    keep_memory()
+    return found + [{"case": case, "memory": "kept", **pairs(*both, rounds)} for case, both in cases.items()]
 
 
 BLOCKS = "recompute{plan=blocks}"
@@ -168,11 +178,11 @@ def held() -> list[dict[str, Any]]:
                 "measured_over_predicted": round(measured / predicted, 4),
             }
         )
-        print(*(f"{key} {held}" for key, held in rows[-1].items()), sep="   ", flush=True)
     return rows
 
 
 def concatenated(rounds: int) -> list[dict[str, Any]]:
+    keep_memory()
     rows = []
     for count in (64, 256, 512):
         two = gr.compile(stage(1), split_backward=True)
@@ -199,17 +209,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=["times", "bytes"])
+    parser.add_argument("--only", choices=["times", "concat", "inductor", "bytes"], default="times")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.only != "times":
-        print("written to", write("two_stage_bytes", held()))
-    if given.only == "bytes":
-        return
-    rows = cost(given.rounds) + concatenated(given.rounds)
+    cases: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "times": lambda: cost(given.rounds),
+        "concat": lambda: concatenated(given.rounds),
+        "inductor": lambda: cost(given.rounds, "inductor"),
+        "bytes": held,
+    }
+    rows = cases[given.only]()
     for row in rows:
         print(*(f"{key} {held}" for key, held in row.items()), sep="   ")
-    print("written to", write("two_stage", rows))
+    print("written to", write(f"two_stage_{given.only}", rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Data parallel training with a backward in two stages: gradients are reduced once, behind the weight stage.
 
 torchrun --nproc-per-node 2 examples/ddp.py
+torchrun --nproc-per-node 4 examples/ddp.py
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ __all__ = [
     "custom_schedule",
     "eager_branches",
     "enable_python_dispatcher",
+    "forward_schedule",
     "free_unbacked_symbols",
     "functorch_wrapped",
     "inductor_code",
@@ -67,6 +68,7 @@ __all__ = [
     "preserve_annotations",
     "quiet_export",
     "recurrent_decompositions",
+    "reduces_gradients",
     "register_dynamo_backend",
     "release_saved",
     "rerun",
@@ -164,20 +166,27 @@ def will_execute(node: Any) -> bool:
     return bool(torch._C._will_engine_execute_node(node))
 
 
+def reduces_gradients() -> bool:
+    """Whether the call runs inside the forward of a DistributedDataParallel that will reduce its gradients."""
+    active: Any = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+    return active is not None and bool(active.require_backward_grad_sync)
+
+
 def pipeline_actions(
     schedule: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None
-) -> list[list[tuple[int, str, int]]]:
+) -> list[list[tuple[int, str, int, bool]]]:
     """Compute actions of one of torch's pipeline schedules, per process: (stage, "F", "I", "W" or "B", micro-batch).
 
     The engine keeps them in `pipeline_order`; actions that it overlaps are listed one after the other, as its runtime
-    runs them.
+    runs them. The last element tells those from behind which it sends nothing until the next one is over, too.
     """
     from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
-    def flat(action: Any) -> list[tuple[int, str, int]]:
+    def flat(action: Any) -> list[tuple[int, str, int, bool]]:
         if action.sub_actions is not None:
-            return [one for sub in action.sub_actions for one in flat(sub)]
-        return [(action.stage_index, action.computation_type.value, action.microbatch_index)]
+            *before, last = [one for sub in action.sub_actions for one in flat(sub)]
+            return [*((stage, kind, mb, True) for stage, kind, mb, _ in before), last]
+        return [(action.stage_index, action.computation_type.value, action.microbatch_index, False)]
 
     found = get_schedule_ops(schedule, ranks, micro_batches, stages_per_rank)
     listed = [[one for action in rank if action is not None for one in flat(action)] for rank in found]
@@ -186,7 +195,7 @@ def pipeline_actions(
         # what torch lists for the last process begins with micro-batch 1; what it runs begins with 0
         for own in computed:
             numbers = iter(range(micro_batches))
-            own[:] = [(stage, kind, next(numbers) if kind == "F" else mb) for stage, kind, mb in own]
+            own[:] = [(stage, kind, next(numbers) if kind == "F" else mb, _) for stage, kind, mb, _ in own]
     return computed
 
 
@@ -196,7 +205,7 @@ def custom_schedule(
     loss: Callable[..., torch.Tensor],
     actions: Sequence[Sequence[tuple[int, str, int]]],
 ) -> Any:
-    """A schedule of the engine's runtime that executes given compute actions, as `pipeline_actions` lists them."""
+    """A schedule of the engine's runtime that executes given compute actions: (stage, kind, micro-batch)."""
     from torch.distributed.pipelining import schedules
 
     made = schedules._PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)
@@ -205,6 +214,30 @@ def custom_schedule(
         rank: [schedules._Action(stage, kinds(kind), mb) for stage, kind, mb in own] for rank, own in enumerate(actions)
     }
     made._prepare_schedule_with_comms(order)  # type: ignore[arg-type]
+    return made
+
+
+def forward_schedule(stage: Any, micro_batches: int, learn: Callable[[int], None]) -> Any:
+    """A schedule of the engine's runtime that sends activations only, and lets a stage learn behind what it has sent.
+
+    Args:
+        stage: This process's; stage k runs on process k of its group.
+        micro_batches: How many; each is a forward, then a W action, which communicates nothing.
+        learn: Called with the number of a micro-batch as the W action.
+    """
+    from torch.distributed.pipelining import schedules
+
+    made = schedules._PipelineScheduleRuntime([stage], micro_batches, scale_grads=False)
+    made.register_custom_function(schedules.BACKWARD_WEIGHT, lambda action, _context: learn(action.microbatch_index))
+    order = {
+        rank: [
+            schedules._Action(rank, kind, mb)
+            for mb in range(micro_batches)
+            for kind in (schedules.FORWARD, schedules.BACKWARD_WEIGHT)
+        ]
+        for rank in range(stage.num_stages)
+    }
+    made.pipeline_order_with_comms = schedules._add_send_recv(order, lambda k: k, stage.num_stages)
     return made
 
 

@@ -165,7 +165,16 @@ def build_program(
     text, guards = make_guards(captured.graph if operator is captured.graph else graph)
     captured = dataclasses.replace(captured, graph=forward_graph)
     program = Program(
-        captured, operator, part, forward, backward, pipeline.history, text, guards, weight[0] if weight else None
+        captured,
+        operator,
+        part,
+        forward,
+        backward,
+        pipeline.history,
+        text,
+        guards,
+        weight[0] if weight else None,
+        may_cut=options.backend == "eager",
     )
     pipeline.finish(program)
     return program

@@ -44,5 +44,5 @@ def test_example_runs_and_learns(
 
 
 def test_every_example_is_run() -> None:
-    distributed = {"ddp", "pipeline"}
+    distributed = {"ddp", "local_pipeline", "pipeline"}
     assert {p.stem for p in FOLDER.glob("*.py")} - distributed == set(SCRIPTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -102,7 +103,8 @@ def run_local():
     )
     loss = pipeline.step(*batch())
     return {"loss": loss.item(), "gradients": named_gradients([pipeline.module.body.module])} | {
-        "head": {} if pipeline.module.head is None else pipeline.module.head.state_dict()
+        "head": {} if pipeline.module.head is None else pipeline.module.head.state_dict(),
+        "actions": [str(a) for a in pipeline.schedule.pipeline_order_with_comms[pipeline.schedule.rank]],
     }
 
 
@@ -231,6 +233,9 @@ def test_local_stages_learn_from_their_own_heads(quick):
     wanted = named_gradients([model])
     assert_gradients(quick[0]["local"]["gradients"] | quick[1]["local"]["gradients"], wanted)
     assert [r["local"]["loss"] for r in quick] == pytest.approx([loss.item() for loss in losses])
+    # each sends a micro-batch before it learns from it, and nothing comes back
+    assert quick[0]["local"]["actions"][:4] == ["0F0", "0SEND_F0", "0W0", "0F1"]
+    assert not [a for r in quick for a in r["local"]["actions"] if "SEND_B" in a or "RECV_B" in a]
 
 
 def test_error_broadcast_to_all_stages(quick):
@@ -367,12 +372,26 @@ BUBBLES = [
     ("DualPipeV", 8, 16, UNEVEN, 0.114),
     ("DualPipeV", 2, 4, StageCost(), 0.040),
 ]
-"""Idle share of each schedule, from an independent simulation of the engine's actions."""
+"""Idle share of each schedule, from an independent simulation of the engine's actions, that sends what is ready."""
+
+
+def test_what_the_engine_runs_as_one_sends_when_both_are_over():
+    """The engine lists a pair's messages behind the pair."""
+    for joined, starts in ((False, [1, 2]), (True, [2, 3])):
+        actions = [[Action("F", 0, 0, joined), Action("F", 0, 1)], [Action("F", 1, 0), Action("F", 1, 1)]]
+        timeline = simulate(actions, [StageCost()] * 2)
+        assert [span.start for span in timeline.spans[1]] == starts
+    # on the process itself the next stage goes on at once
+    actions = [[Action("F", 0, 0, True), Action("F", 1, 0)]]
+    assert simulate(actions, [StageCost()] * 2).makespan == 2
 
 
 @pytest.mark.parametrize(("schedule", "ranks", "micro_batches", "cost", "bubble"), BUBBLES)
 def test_bubbles_of_the_engines_schedules(schedule, ranks, micro_batches, cost, bubble):
-    timeline = simulate(actions_of(schedule, ranks, micro_batches), [cost] * 2 * ranks)
+    actions = actions_of(schedule, ranks, micro_batches)
+    assert any(a.joined for own in actions for a in own) == (schedule == "DualPipeV")
+    apart = [[dataclasses.replace(a, joined=False) for a in own] for own in actions]
+    timeline = simulate(apart, [cost] * 2 * ranks)
     assert timeline.bubble == pytest.approx(bubble, abs=6e-4)
     stages = 2 * ranks if "1F1B" not in (schedule, schedule[-4:]) and schedule != "GPipe" else None
     total = sum(span.end - span.start for own in timeline.spans for span in own)
@@ -560,10 +579,21 @@ def test_schedules_of_other_pipelines_are_refused(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["ddp.py"], ["pipeline.py"], ["pipeline.py", "--schedule", "1F1B"]])
-def test_examples_train(words):
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ddp.py"],
+        ["pipeline.py"],
+        ["pipeline.py", "--schedule", "1F1B"],
+        ["local_pipeline.py"],
+        ["local_pipeline.py", "--rule", "dfa"],
+    ],
+    ids=" ".join,
+)
+def test_examples_train(words, count):
     root = pathlib.Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         [*command, str(root / "examples" / words[0]), *words[1:]],

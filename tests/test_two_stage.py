@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphrewrite as gr
+from graphrewrite.analysis.liveness import LiveBytes
 from graphrewrite.graph.nodes import Grad, Role, UserInput, info
 from graphrewrite.pipeline import build_pass
 from graphrewrite.testing import zoo
@@ -378,16 +379,44 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_concatenation_runs_one_product_per_linear_map():
+def test_concatenation_adds_products_into_one_result():
     one, two = twins(Stage().double())
-    batches = [torch.randn(2, 3, 16).double() for _ in range(4)]
+    batches = [torch.randn(n, 3, 16).double() for n in (2, 4, 2, 3)]
     for x in batches:
         one(x).square().sum().backward()
         two(x).square().sum().backward()
     with Products() as seen:
         two.backward_weight(concat=True)
-    assert seen.count["aten::mm"] == 2
+    assert (seen.count["aten::mm"], seen.count["aten::addmm_"]) == (2, 6)
+    assert not seen.count["aten::cat"]
     assert_equal_gradients(one, two, exact=False)
+
+
+def test_concatenation_in_low_precision_rounds_once():
+    two = gr.compile(Stage().bfloat16(), split_backward=True, dynamic=None)
+    right = Stage().bfloat16().double()
+    right.load_state_dict(two.module.state_dict())
+    for _ in range(4):
+        x = torch.randn(8, 3, 16).bfloat16()
+        two(x).square().sum().backward()
+        right(x.double()).square().sum().backward()
+    with Products() as seen:
+        two.backward_weight(concat=True)
+    assert seen.count["aten::mm"] == 2
+    assert seen.count["aten::cat"] > 0
+    for p, q in zip(two.module.parameters(), right.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 0.02 * q.grad.norm()
+
+
+def test_concatenation_copies_nothing():
+    """The stated cap: what is held, and the gradients once."""
+    two = gr.compile(nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)]), split_backward=True, dynamic=None)
+    for _ in range(4):
+        two(torch.randn(64, 32)).square().sum().backward()
+    weights = sum(p.nbytes for p in two.module.parameters())
+    with LiveBytes([v for one in two._weights.pending for v in one.values if torch.is_tensor(v)]) as live:
+        two.backward_weight(concat=True)
+    assert live.peak <= weights + max(p.nbytes for p in two.module.parameters())
 
 
 def test_what_does_not_add_up_is_computed_apart():

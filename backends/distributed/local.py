@@ -1,11 +1,12 @@
 """Rules without a global backward in a pipeline: stages exchange activations, and no stage waits for a cotangent.
 
-Both pipelines run on the engine's own forward schedule: a `ScheduleGPipe` without a loss sends activations onward and
-nothing back.
+Both pipelines run on the engine: a schedule without a loss sends activations onward and nothing back. A stage that has
+a loss of its own learns while the activation that it has sent is on its way.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from graphrewrite.backends.distributed.failures import naming_lost_processes
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
+from graphrewrite._compat import forward_schedule
 from graphrewrite.api import compile as compile_model
 from graphrewrite.errors import RuleError
 from graphrewrite.objective import default_loss
@@ -25,7 +27,7 @@ Loss = Callable[[Any, Any], torch.Tensor]
 
 
 class _LocalStage(nn.Module):
-    """A stage that learns in its forward, from a head of its own, and hands its detached activation on."""
+    """A stage with a head of its own: it hands its detached activation on, then learns."""
 
     def __init__(self, body: nn.Module, head: nn.Module | None, rule: RuleSpec, loss: Loss, share: float) -> None:
         super().__init__()
@@ -33,17 +35,27 @@ class _LocalStage(nn.Module):
         self.head = head
         self._loss = loss
         self._share = share
+        self._pending: deque[torch.Tensor] = deque()
         self.losses: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The stage's activation; its parameters have their gradients then."""
+        """The stage's activation."""
         with torch.enable_grad():
             out = self.body(x.detach())
             scores = out if self.head is None else self.head(out)
-            loss = self._loss(scores, targets)
-            (loss * self._share).backward()
-        self.losses.append(loss.detach())
+            self._pending.append(self._loss(scores, targets))
         return out.detach()  # type: ignore[no-any-return]
+
+    def reset(self) -> None:
+        """Forget the step before, which may not have ended."""
+        self._pending.clear()
+        self.losses.clear()
+
+    def learn(self, _micro_batch: int) -> None:
+        """The gradients of the oldest micro-batch that was handed on."""
+        loss = self._pending.popleft()
+        (loss * self._share).backward()
+        self.losses.append(loss.detach())
 
 
 class _ForwardPipeline:
@@ -64,11 +76,11 @@ class _ForwardPipeline:
         self.part = made.parts[self._rank]
         self.is_first, self.is_last = self._rank == 0, self._rank == ranks - 1
 
-    def _schedule(self, module: nn.Module) -> ScheduleGPipe:
+    def _stage(self, module: nn.Module) -> PipelineStage:
         outlines = [
             tuple(t.detach() for t in outline) for outline in (self.part.inputs, self.part.outputs)
         ]  # nothing that is handed on wants a gradient
-        stage = PipelineStage(
+        return PipelineStage(
             module,
             self._rank,
             len(self._made),
@@ -77,9 +89,8 @@ class _ForwardPipeline:
             output_args=outlines[1],
             group=self._group,
         )
-        return ScheduleGPipe(stage, self._micro_batches, scale_grads=False)
 
-    def _run(self, schedule: ScheduleGPipe, x: Any, **others: Any) -> None:
+    def _run(self, schedule: Any, x: Any, **others: Any) -> None:
         size = self._made.parts[0].inputs[0].shape[0]
         for given in (*([x] if self.is_first else []), *others.values()):
             if len(given) != size * self._micro_batches:
@@ -91,8 +102,8 @@ class _ForwardPipeline:
 class LocalPipeline(_ForwardPipeline):
     """Stages that each learn from a head of their own.
 
-    The gradients of a micro-batch are there as soon as the stage's forward is; its activations die with it, so that
-    memory does not grow with the number of micro-batches.
+    A stage sends the activation of a micro-batch, then computes its gradients; its activations die with it, so that
+    memory does not grow with the number of micro-batches. Process k starts k forwards late, and then never waits.
 
     Attributes:
         module: This process's stage, with `body` and `head`.
@@ -123,7 +134,7 @@ class LocalPipeline(_ForwardPipeline):
         super().__init__(made, micro_batches, device, group)
         own = None if self.is_last else head(self.part.outputs[0]).to(self._device)
         self.module = _LocalStage(self.part.module.to(self._device), own, rule, loss or default_loss, 1 / micro_batches)
-        self.schedule = self._schedule(self.module)
+        self.schedule = forward_schedule(self._stage(self.module), micro_batches, self.module.learn)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of this process's stage and head."""
@@ -139,7 +150,7 @@ class LocalPipeline(_ForwardPipeline):
         Returns:
             The stage's own loss.
         """
-        self.module.losses.clear()
+        self.module.reset()
         self._run(self.schedule, x, targets=y)
         return torch.stack(self.module.losses).mean()
 
@@ -206,7 +217,7 @@ class DFAPipeline(_ForwardPipeline):
             generator = torch.Generator().manual_seed(seed + self._rank)
             drawn = torch.randn(rows, columns, generator=generator, dtype=out.dtype) / rows**0.5
             self.feedback = drawn.to(self._device)
-        self.schedule = self._schedule(self.module)
+        self.schedule = ScheduleGPipe(self._stage(self.module), micro_batches, scale_grads=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of this process's stage."""

@@ -26,11 +26,13 @@ class Action:
         kind: What.
         stage: Of which stage.
         micro_batch: For which micro-batch.
+        joined: Whether the engine runs it and the next one as one: what it sends leaves when both are over.
     """
 
     kind: Kind
     stage: int
     micro_batch: int
+    joined: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.micro_batch}"
@@ -139,7 +141,7 @@ def actions_of(schedule: str, ranks: int, micro_batches: int, stages: int | None
             f"{schedule} with {micro_batches} micro-batches and {stages or 'its'} stages on {ranks} processes: {error}",
             remedy="GPipe and 1F1B run one stage per process, ZBVZeroBubble and DualPipeV two, the others two or more",
         ) from error
-    return [[Action(kind, stage, mb) for stage, kind, mb in rank] for rank in found]  # type: ignore[arg-type]
+    return [[Action(kind, stage, mb, joined) for stage, kind, mb, joined in rank] for rank in found]  # type: ignore[arg-type]
 
 
 def simulate(
@@ -163,6 +165,7 @@ def simulate(
     place = {action.stage: rank for rank, own in enumerate(actions) for action in own}
     last = max(place, default=0)
     done: dict[Action, float] = {}
+    sent: dict[Action, float] = {}
     clock = [0.0] * len(actions)
     queues = [list(own) for own in actions]
     spans: list[list[Span]] = [[] for _ in actions]
@@ -173,7 +176,9 @@ def simulate(
         times = []
         for group in _inputs(action, last, local):
             at = [
-                done[a] + (communication if place[a.stage] != place[action.stage] else 0.0) for a in group if a in done
+                sent[a] + communication if place[a.stage] != place[action.stage] else done[a]
+                for a in group
+                if a in (sent if place[a.stage] != place[action.stage] else done)
             ]
             if not at:
                 return None
@@ -188,6 +193,11 @@ def simulate(
                 start = max(clock[rank], at)
                 done[action] = clock[rank] = start + costs[action.stage].time(action.kind)
                 spans[rank].append(Span(action, rank, start, clock[rank]))
+                if not action.joined:
+                    for one in reversed(spans[rank]):
+                        if one.action in sent:
+                            break
+                        sent[one.action] = clock[rank]
                 moved = True
                 for group in _inputs(action, last, local):
                     source = next(a for a in group if a in done)

@@ -2,8 +2,9 @@
 
 A weight gradient of a linear map is a product that sums over samples, so the sum over micro-batches is one product over
 the samples of all of them. The weight graph is taken apart at such operators: what lies before them runs for each
-micro-batch, their operands are concatenated along the samples, and what lies behind them (linear in the gradient) runs
-once. Gradients for which this cannot be shown are computed for each micro-batch and added.
+micro-batch, their operands are concatenated along the samples, or, where that is faster, multiplied one after the other
+into one result; what lies behind them (linear in the gradient) runs once. Gradients for which this cannot be shown are
+computed for each micro-batch and added.
 
 Rae, Lee, Richings 2024, https://arxiv.org/abs/2405.18047.
 """
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from graphrewrite.runtime.two_stage import MicroBatch
 
 aten = torch.ops.aten
+
+_INTO: dict[Any, Any] = {aten.mm.default: aten.addmm_.default, aten.bmm.default: aten.baddbmm_.default}
+"""Products, and the operators that add one to what is there."""
 
 Kind = Literal["each", "same", "sum", "unknown"]
 """`each`: differs between micro-batches; `same`: does not; `sum`: adds up over micro-batches; `unknown`: none of it."""
@@ -73,9 +77,9 @@ class ConcatPlan:
             p for p in self._placeholders if self._kinds[p] == "same" and any(user in late for user in p.users)
         ]
         early = self._before([node for node, _ in self.operands])
-        self.prepare = self._run(self._placeholders, early, [node for node, _ in self.operands])
+        self.prepare = excerpt(self.module, self._placeholders, early, [node for node, _ in self.operands])
         rest = self._before(list(self.apart.values()))
-        self.rest = self._run(self._placeholders, rest, list(self.apart.values()))
+        self.rest = excerpt(self.module, self._placeholders, rest, list(self.apart.values()))
         self._finish: dict[int, Callable[[list[Any]], Sequence[Any]]] = {}
 
     # --- telling what adds up ----------------------------------------------------------------------------------------
@@ -150,16 +154,6 @@ class ConcatPlan:
                 wanted.update(node.all_input_nodes)
         return found[::-1]
 
-    def _run(
-        self, inputs: list[fx.Node], nodes: list[fx.Node], results: list[fx.Node]
-    ) -> Callable[[list[Any]], Sequence[Any]]:
-        graph = fx.Graph()
-        env = {node: graph.placeholder(node.name) for node in inputs}
-        for node in nodes:
-            env[node] = graph.node_copy(node, env.__getitem__)
-        graph.output(tuple(env[n] for n in results))
-        return boxed(fx.GraphModule(self.module, graph))
-
     def finish(self, count: int) -> Callable[[list[Any]], Sequence[Any]]:
         """The part behind, for some micro-batches: takes the operands of the first, ..., then what they share."""
         known = self._finish.get(count)
@@ -178,18 +172,36 @@ class ConcatPlan:
                 joined[operand] = graph.call_function(aten.cat.default, (parts, operand[1]))
             return joined[operand]
 
+        def operand_of(node: fx.Node, position: int, held: fx.Node) -> fx.Node:
+            transposed = self._reduced[node][position][0] is not node.args[position]
+            return graph.call_function(aten.t.default, (held,)) if transposed else held
+
+        def made_of(node: fx.Node, held: dict[Operand, fx.Node]) -> fx.Node:
+            operands = self._reduced[node]
+            args = [
+                operand_of(node, i, held[operands[i]]) if i in operands else fx.map_arg(a, env.__getitem__)
+                for i, a in enumerate(node.args)
+            ]
+            return graph.call_function(node.target, tuple(args), fx.map_arg(node.kwargs, env.__getitem__))  # type: ignore[arg-type]
+
         for node in self._late:
-            operands = self._reduced.get(node)
-            if operands is None:
+            operands = self._reduced.get(node, {})
+            if not operands:
                 env[node] = graph.node_copy(node, env.__getitem__)
                 continue
-            args = list(node.args)
-            for position, operand in operands.items():
-                args[position] = join(operand)
-                if operand[0] is not node.args[position]:
-                    args[position] = graph.call_function(aten.t.default, (args[position],))
-            args = [a if i in operands else fx.map_arg(a, env.__getitem__) for i, a in enumerate(args)]
-            env[node] = graph.call_function(node.target, tuple(args), fx.map_arg(node.kwargs, env.__getitem__))  # type: ignore[arg-type]
+            if not _adds_in_place(node):
+                env[node] = made_of(node, {operand: join(operand) for operand in operands.values()})
+                continue
+            first, *others = [{o: own[self.operands.index(o)] for o in operands.values()} for own in given]
+            total = made_of(node, first)
+            for own in others:
+                into = _INTO.get(node.target)
+                if into is None:
+                    total = graph.call_function(aten.add_.Tensor, (total, made_of(node, own)))
+                else:
+                    pair = [operand_of(node, i, own[operand]) for i, operand in operands.items()]
+                    total = graph.call_function(into, (total, *pair))
+            env[node] = total
         graph.output(tuple(env[n] for n in self.together.values()))
         made = self._finish[count] = boxed(fx.GraphModule(self.module, graph))
         return made
@@ -198,6 +210,18 @@ class ConcatPlan:
         """The values that the part behind reads as they are."""
         wanted = set(self._shared)
         return [v for p, v in zip(self._placeholders, values, strict=True) if p in wanted]
+
+
+def excerpt(
+    module: fx.GraphModule, inputs: list[fx.Node], nodes: list[fx.Node], results: list[fx.Node]
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Some nodes of a stage as a callable that empties the list it is given."""
+    graph = fx.Graph()
+    env = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[n] for n in results))
+    return boxed(fx.GraphModule(module, graph))
 
 
 def run_concatenated(micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[list[tuple[OutputSpec, Any]], MicroBatch]]:
@@ -247,6 +271,17 @@ def _signature(one: MicroBatch, plan: ConcatPlan | None, operands: list[Any]) ->
     )
     shared = tuple((v.data_ptr(), v._version) if isinstance(v, torch.Tensor) else v for v in plan.shared(one.values))
     return id(one.program), one.missing, tuple(id(leaf) for _, leaf in one.leaves), shapes, shared
+
+
+def _adds_in_place(node: fx.Node) -> bool:
+    """Whether micro-batches are added one by one into one result, which copies nothing, rather than concatenated.
+
+    On a CPU that is the faster way at every size that was measured (64 to 1024 samples). Elsewhere one larger product
+    fills the device, and in low precision it rounds once.
+    """
+    held = value(node)
+    full = isinstance(held, torch.Tensor) and held.dtype in (torch.float32, torch.float64)
+    return full and held.device.type == "cpu" and (node.target in _INTO or node.target is aten.sum.dim_IntList)
 
 
 def _untransposed(node: fx.Node, dim: int) -> Operand:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphrewrite._compat import release_saved
+from graphrewrite._compat import reduces_gradients, release_saved
 from graphrewrite.backends import Run
 from graphrewrite.capture import Captured
 from graphrewrite.errors import RuleError
@@ -27,6 +28,7 @@ from graphrewrite.graph.partition import Partition
 from graphrewrite.graph.verify import has_random
 from graphrewrite.pipeline import PassRecord
 from graphrewrite.runtime.concat import ConcatPlan
+from graphrewrite.runtime.segments import Chain, Segments, cut
 from graphrewrite.runtime.two_stage import MicroBatch, WeightQueue
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class Program:
     guards: Callable[[Sequence[Any], Sequence[Any]], bool]
     backward_weight: Run | None = None
     """Callable for the weight stage of a split backward."""
+    may_cut: bool = False
+    """Whether the backward stage is run as it is, operator by operator, so that it can be cut into segments."""
     differentiable: list[InputSpec] = field(init=False)
     """Inputs that get a gradient, in the order in which the autograd function takes them."""
     positions: dict[InputSpec, int] = field(init=False)
@@ -76,6 +80,9 @@ class Program:
         self.differentiable = [spec.of for spec in part.backward_outputs if isinstance(spec, Grad)]
         self.positions = {spec: i for i, spec in enumerate(part.forward_inputs)}
         self._diff_slots = [self.positions.get(spec, -1) for spec in self.differentiable]
+        self._leaf_slots = [
+            (s, self.positions.get(s.of, -1)) for s in part.backward_weight_outputs if isinstance(s, Grad)
+        ]
         outputs = part.forward_outputs
         self.tangent_slots = [-1] * part.result_count
         for i, tangent in enumerate(part.tangents):
@@ -113,7 +120,7 @@ class Program:
             The results of the forward; `partition.forward_outputs` says which is what.
         """
         values = [fetch(spec) for spec in self.partition.forward_inputs]
-        leaves = [(s, fetch(s.of)) for s in self.partition.backward_weight_outputs if isinstance(s, Grad)]
+        leaves = [(s, values[p] if p >= 0 else fetch(s.of)) for s, p in self._leaf_slots]
         if not self.differentiable and not leaves:
             return list(self.run_forward(values))
         tensors = [
@@ -122,7 +129,20 @@ class Program:
         if queue is not None:
             tensors.append(queue.anchor)
         second = None if queue is None else (queue, leaves)
-        return list(_Apply.apply(self, values, on_backward, second, *tensors))  # type: ignore[no-untyped-call]
+        chain = None
+        if self.segments is not None and reduces_gradients():
+            chain = Chain(self, self.segments, tensors[0].device)
+            tensors = chain.link(tensors)
+        return list(_Apply.apply(self, values, on_backward, second, chain, *tensors))  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def segments(self) -> Segments | None:
+        """The backward in segments, cut at block boundaries; None if it cannot be cut."""
+        return cut(self.partition) if self.may_cut else None
+
+    def is_unused(self, result: int, missing: frozenset[int]) -> bool:
+        """Whether all cotangents that a result of the backward depends on are missing: it is None, then."""
+        return _unused(missing, self._depends[result])
 
     def run_weight(self, one: MicroBatch) -> list[tuple[OutputSpec, Any]]:
         """The weight stage of one micro-batch.
@@ -144,7 +164,7 @@ class Program:
 
     def unread(self, spec: OutputSpec, missing: frozenset[int]) -> bool:
         """Whether all cotangents that a result of the weight stage depends on are missing: it is None, then."""
-        return _unused(missing, self._weight_depends[spec])
+        return bool(missing) and _unused(missing, self._weight_depends[spec])
 
     def concat_plan(self) -> ConcatPlan | None:
         """How the weight stage runs for several micro-batches at once; None if there is no such stage."""
@@ -197,7 +217,13 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, program: Program, values: list[Any], on_backward: Any, second: Any, *tensors: torch.Tensor
+        ctx: Any,
+        program: Program,
+        values: list[Any],
+        on_backward: Any,
+        second: Any,
+        chain: Chain | None,
+        *tensors: torch.Tensor,
     ) -> Any:
         part = program.partition
         # autograd must see the tensors it was handed, not another reference to the same parameter
@@ -209,7 +235,7 @@ class _Apply(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[saved[i] for i in program._tensor_saved])
         ctx.others = [saved[i] for i in program._other_saved]
-        ctx.program, ctx.on_backward, ctx.second = program, on_backward, second
+        ctx.program, ctx.on_backward, ctx.second, ctx.chain = program, on_backward, second, chain
         ctx.shapes = [
             (o.shape, o.dtype, o.device) if program.tangent_slots[i] >= 0 else None for i, o in enumerate(outputs)
         ]
@@ -247,29 +273,31 @@ class _Apply(torch.autograd.Function):
                 given = torch.zeros(shape, dtype=dtype, device=device)
                 missing.add(slot)
             tangents[slot] = given
-        part = program.partition
+        part, gone = program.partition, frozenset(missing)
         held = [values[h.saved] for h in part.held if h.saved >= 0]
         values = values[: part.read_by_backward] + tangents
         del tangents
+        if ctx.chain is not None:
+            return (None, None, None, None, None, *ctx.chain.begin(values, gone))
         results = list(program.execute(program.backward, values))
         count = len(part.backward_outputs)
         held += results[count:]
         grads: list[Any] = []
-        for i, (spec, depends) in enumerate(zip(part.backward_outputs, program._depends, strict=True)):
+        for i, spec in enumerate(part.backward_outputs):
             if not isinstance(spec, Grad):
                 ctx.on_backward(spec, results[i])
-            elif _unused(missing, depends):
+            elif program.is_unused(i, gone):
                 # what no used output depends on gets None, as in eager mode
                 grads.append(None)
             else:
                 grads.append(results[i].clone() if i in program._copied else results[i])
         if ctx.second is None:
-            return (None, None, None, None, *grads)
+            return (None, None, None, None, None, *grads)
         queue, leaves = ctx.second
         if queue.trains:
             held = [v.detach() if isinstance(v, torch.Tensor) else v for v in held]
-            queue.add(MicroBatch(program, held, leaves, frozenset(missing), ctx.on_backward))
-        return (None, None, None, None, *grads, None)
+            queue.add(MicroBatch(program, held, leaves, gone, ctx.on_backward))
+        return (None, None, None, None, None, *grads, None)
 
 
 def _unused(missing: Collection[int], depends: frozenset[int]) -> bool:

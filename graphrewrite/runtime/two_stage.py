@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,19 +186,20 @@ class WeightQueue:
             )
 
 
-def _hand_over(results: Iterable[tuple[Any, Any]], one: MicroBatch) -> None:
-    """Give gradients to autograd, which adds them into `.grad`."""
-    leaves: dict[Any, torch.Tensor] = dict(one.leaves)
+def _hand_over(results: list[tuple[Any, Any]], one: MicroBatch) -> None:
+    """Give gradients to autograd, which adds them into `.grad`; the list is empty then."""
+    leaves = {id(spec): leaf for spec, leaf in one.leaves}  # hashing a specification takes longer
     gradients: list[Any] = []
     targets: list[torch.Tensor] = []
-    for spec, result in results:
-        if isinstance(spec, Grad):
-            if result is not None:
-                gradients.append(result)
-                targets.append(leaves[spec])
-        else:
+    while results:
+        # no other reference may be left: autograd copies what it cannot take over
+        spec, result = results.pop()
+        if not isinstance(spec, Grad):
             one.on_backward(spec, result)
-    del results
+        elif result is not None:
+            gradients.append(result)
+            targets.append(leaves[id(spec)])
+        del result
     with torch.enable_grad():
         given: Any = _Accumulate.apply(gradients, *targets) if targets else None  # type: ignore[no-untyped-call]
     if given is not None and given.requires_grad:
