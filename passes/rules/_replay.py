@@ -51,18 +51,9 @@ def task_loss(graph: JointGraph) -> fx.Node:
     return outputs.get(LossTerm("task")) or outputs.get(Loss()) or graph.loss_node()
 
 
-def draws(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers in fact: attention without dropout does not."""
-    if not is_random(node) or node.op != "call_function":
-        return False
-    if node.target in ATTENTIONS:
-        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
-    return True
-
-
 def _is_shared(node: fx.Node) -> bool:
     """A draw whose numbers depend on no activation: it reads shapes alone. That is what dropout's mask is."""
-    if not draws(node) or node.target in ATTENTIONS:
+    if not is_random(node) or node.target in ATTENTIONS:
         return False
     if getattr(getattr(node.target, "overloadpacket", None), "__name__", "").endswith("_like"):
         return True
@@ -113,7 +104,7 @@ class Replay:
             if node.op == "placeholder" or (node not in moving and isinstance(value(node), torch.Tensor)):
                 inputs.add(node)
                 continue
-            if draws(node):
+            if is_random(node):
                 raise RuleError(
                     f"{rule} runs this part of the model several times, and {node.target} would draw other numbers "
                     "each time",

@@ -15,7 +15,6 @@ from graphrewrite.passes.rules._boundary import feature_axis
 from graphrewrite.passes.rules._feedback import hidden_boundaries
 from graphrewrite.passes.rules._forward_forward import known
 from graphrewrite.passes.rules._local import refuse_blocks_before
-from graphrewrite.passes.rules._replay import draws
 from graphrewrite.passes.rules._task import Task
 from torch import fx
 
@@ -32,7 +31,7 @@ from graphrewrite.graph.nodes import (
     is_float,
     value,
 )
-from graphrewrite.graph.ops import ACTIVATIONS, POOLS, is_pointwise
+from graphrewrite.graph.ops import ACTIVATIONS, POOLS, is_pointwise, is_random
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import Rule
 
@@ -168,7 +167,7 @@ def same_draws(graph: JointGraph, rule: str) -> dict[fx.Node, fx.Node]:
     """
     shared: dict[fx.Node, fx.Node] = {}
     for node in graph.forward_nodes():
-        if info(node).copy or not draws(node) or info(node).block == LOSS_BLOCK:
+        if info(node).copy or not is_random(node) or info(node).block == LOSS_BLOCK:
             continue
         if node.target not in _SIZE_ONLY:
             raise RuleError(
