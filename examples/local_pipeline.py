@@ -35,10 +35,11 @@ def main() -> None:
     else:
         pipeline = LocalPipeline(made, lambda out: nn.Linear(out.shape[-1], CLASSES), MICRO_BATCHES, device=device)
     optimizer = torch.optim.AdamW(pipeline.parameters(), 1e-2)
-    centres = torch.randn(CLASSES, WIDTH)
+    draw = torch.Generator().manual_seed(1)  # the same numbers in all processes: their heads draw others
+    centres = torch.randn(CLASSES, WIDTH, generator=draw)
     for step in range(40):
-        y = torch.randint(0, CLASSES, (SIZE * MICRO_BATCHES,))  # the same numbers in all processes
-        x = centres[y] + torch.randn(len(y), WIDTH)
+        y = torch.randint(0, CLASSES, (SIZE * MICRO_BATCHES,), generator=draw)
+        x = centres[y] + torch.randn(len(y), WIDTH, generator=draw)
         optimizer.zero_grad()
         loss = pipeline.step(x.to(device), y.to(device))
         optimizer.step()
