@@ -391,7 +391,7 @@ def hint(size: Any) -> int:
 
 def unobserved(val: Any) -> set[Any]:
     """Symbols of a tensor's sizes that depend on data and that no example has told yet."""
-    sizes = val.shape if isinstance(val, torch.Tensor) else ()
+    sizes: Iterable[Any] = val.shape if isinstance(val, torch.Tensor) else ()
     found: set[Any] = set()
     for one in (s.node for s in sizes if isinstance(s, torch.SymInt) and s.node.hint is None):
         found |= free_unbacked_symbols(one.expr) - one.shape_env.var_to_hint_override.keys()

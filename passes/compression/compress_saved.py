@@ -201,7 +201,11 @@ def saved_with_signs(saved: SavedValue, codec: Codec) -> int:
 
 def stored_bytes(saved: SavedValue, codec: Codec) -> int:
     """Bytes of a value's encoding at the example's sizes."""
-    val = value(saved.node)
+    return stored_size(codec, value(saved.node))
+
+
+def stored_size(codec: Codec, val: torch.Tensor) -> int:
+    """Bytes of the encoding of a (fake) tensor."""
     sizes = tuple(hint(value(of).shape[dim]) for of, dim in getattr(codec, "sizes", ()))
     shape = tuple(hint(s) for s in val.shape)
     # codecs without a declaration need not be hashable

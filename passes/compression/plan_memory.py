@@ -108,8 +108,7 @@ class PlanMemory(Pass):
                 f"({lowest / max(whole, 1):.4f} of the {whole:,} that backpropagation saves)",
                 remedy=f"use memory_budget={lowest} or more",
             )
-        errors = _Errors(graph, candidates) if total > limit and any(c.lossy for c in candidates) else None
-        chosen = self._solve(candidates, errors, limit - rest)
+        chosen = self.choose(graph, candidates, limit - rest)
         known = {c.saved.node for c in candidates}
         done = [treatment(v, names, "keep", v.nbytes, v.closed) for v in values if v.node not in known]
         again: list[fx.Node] = []
@@ -138,12 +137,15 @@ class PlanMemory(Pass):
             raise VerifyError(f"the plan keeps {saved:,} bytes, more than the {limit:,} that it was made for")
         return PassResult(graph, bool(again or encoded))
 
-    def _solve(self, candidates: list[Candidate], errors: _Errors | None, budget: int) -> list[int]:
-        """The plan; if the budget allows it, one in which no block recomputes from what another block reads.
+    def choose(self, graph: JointGraph, candidates: list[Candidate], budget: int) -> list[int]:
+        """The plan: the number of each candidate's choice.
 
+        If the budget allows it, one in which no block recomputes from what another block reads.
         What is recomputed on the way to a value that is read sooner lives until its own reader: chains through several
         blocks would bring all of their values back at once, and the peak would grow as the budget shrinks.
         """
+        kept = sum(c.saved.nbytes for c in candidates)
+        errors = _Errors(graph, candidates) if kept > budget and any(c.lossy for c in candidates) else None
         index = {c.saved.node: i for i, c in enumerate(candidates)}
         read_in = [info(min(r.reader for r in c.saved.readings)).block for c in candidates]
         apart = frozenset(
@@ -153,9 +155,8 @@ class PlanMemory(Pass):
             if source in index and read_in[index[source]] != read_in[i] != LOSS_BLOCK
         )
         pairs = errors.pairs if errors else []
-        whole = sum(c.saved.nbytes for c in candidates)
         held = [
-            Pair(i, k, (), {again: HELD * candidates[k].saved.nbytes / whole}, lossy=False)
+            Pair(i, k, (), {again: HELD * candidates[k].saved.nbytes / kept}, lossy=False)
             for i, k in apart
             if candidates[i].recompute is not None and (again := candidates[k].recompute) is not None
         ]
