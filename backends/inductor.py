@@ -208,12 +208,26 @@ def _trace(graph: JointGraph, module: fx.GraphModule, inputs: Sequence[Any]) -> 
         traced = _traced(run, inputs)
         if any(_mutates(n) for n in traced.graph.nodes):
             traced = _traced(torch.func.functionalize(run, remove="mutations"), inputs)
+    for node in traced.graph.nodes:
+        if node.target is torch.ops.aten.bernoulli.p:
+            node.target = torch.ops.graphrewrite.bernoulli.default
     for node, given in zip(_placeholders(traced), inputs, strict=True):
         # a size that is the same for all batches is a number, which tracing does not note
         node.meta.setdefault("val", given)
     traced.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _mutates(n))
     traced.recompile()
     return traced
+
+
+@torch.library.custom_op("graphrewrite::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def bernoulli(x: torch.Tensor, p: float) -> torch.Tensor:
+    """`aten.bernoulli.p`, which Inductor would draw in place: where several follow, what reads the first may run before."""
+    return torch.bernoulli(x, p)
+
+
+@bernoulli.register_fake
+def _(x: torch.Tensor, p: float) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _traced(run: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
