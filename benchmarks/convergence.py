@@ -8,7 +8,6 @@ and see the same batches.
 * `exact`: backpropagation.
 * `budget`: `memory_budget=0.1`, whatever the planner chooses.
 * `codes`: 4-bit `lloyd` codes of what crosses from block to block; what lies inside is recomputed from them.
-* `bytes`: the same with 8 bits.
 * `rounded down`, the negative control: what linear layers keep in 2 bits that are always rounded down, so that the
   error has a sign.
 
@@ -49,7 +48,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "exact": {},
     "budget": {"memory_budget": 0.1},
     "codes": {"compress": ["ms_norm", "mask", "recompute{plan=blocks}", "lloyd"]},
-    "bytes": {"compress": ["ms_norm", "mask", "recompute{plan=blocks}", "int8"]},
     "rounded down": {
         "compress": ["mask", RoundedDown(operators=("addmm", "mm", "convolution", "convolution_backward"))]
     },
@@ -178,7 +176,7 @@ TASKS: dict[str, tuple[Callable[..., Task], int]] = {
     "cora": (cora, 60),
     "shakespeare": (shakespeare, 200),
     "sst2": (sst2, 100),
-    "cifar": (cifar, 240),
+    "cifar": (cifar, 160),
 }
 
 
