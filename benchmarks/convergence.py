@@ -12,7 +12,8 @@ and see the same batches.
   error has a sign.
 
 `train` is the mean loss of the last fifth of the steps, `valid` the loss on held-out data, `times_fewer` the bytes of
-`exact` that are saved over those of the arm. Writes `results/convergence.json`, anew after each run.
+`exact` that are saved over those of the arm. Writes `results/convergence.json`, anew after each run; rows in it without
+`rate` are of an earlier version with a constant rate.
 """
 
 from __future__ import annotations
@@ -217,7 +218,8 @@ def runs(
             exact: dict[str, Any] = {}
             for label in arms:
                 torch.manual_seed(seed)
-                row = {"task": name, "seed": seed, "arm": label, "steps": max(1, int(steps * scale))}
+                row = {"task": name, "seed": seed, "arm": label, "rate": "falls"}
+                row["steps"] = max(1, int(steps * scale))
                 row |= arm(make(folder, row["steps"]), ARMS[label], seed)
                 exact = exact or row
                 row["times_fewer"] = round(exact["saved_bytes"] / row["saved_bytes"], 2)
@@ -252,7 +254,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = [row for row in read(given.name) if "seed" in row] if given.add else []
     for row in runs(given.tasks, given.arms, given.seeds, given.data, given.scale):
-        rows.append(row)
+        same = ("task", "seed", "arm")
+        rows = [old for old in rows if any(old[k] != row[k] for k in same)] + [row]
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         write(given.name, [*summary(rows), *rows])
 
