@@ -518,17 +518,20 @@ def test_errors_are_followed_through_recomputations():
             return x + self.down(F.gelu(self.up(self.norm(x))))
 
     torch.manual_seed(0)
-    model, x = nn.Sequential(Layer(), Layer()), torch.randn(64, 32)
+    model, x = nn.Sequential(Layer(), Layer(), Layer()), torch.randn(64, 32)
     cotangent = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
+
+    def weighted(out, weights):
+        return (out * weights).sum()
 
     def gradient(**options):
         model.zero_grad()
-        compiled = gr.compile(model, loss=lambda out, weights: (out * weights).sum(), **options)
+        compiled = gr.compile(model, loss=weighted, dynamic=None, **options)
         compiled.loss(x, cotangent).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters()}, compiled.report()
 
     exact = gradient()[0]
-    found, report = gradient(memory_budget=0.05)
+    found, report = gradient(memory_budget=0.08)
     taken = {line.codec for line in report.plan}
     assert "recompute" in taken
     assert taken & {"bf16", "int8", "int4", "int2"}, taken
