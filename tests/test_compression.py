@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import graphrewrite as gr
 from graphrewrite.analysis.demands import Demand, saved_values
 from graphrewrite.graph.nodes import info
+from graphrewrite.graph.ops import is_random
 from graphrewrite.testing import zoo
 from graphrewrite.testing.memory import peak_bytes, predicted_peak, saved_bytes
 
@@ -85,8 +86,7 @@ def exact():
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", [None, "int8"])
-@pytest.mark.parametrize("name", ["mlp"])
+@pytest.mark.parametrize(("name", "codec"), [("mlp", None), ("mlp", "int8")])
 def test_predicted_bytes_are_the_measured_ones(name, codec):
     case = zoo.make(name)
     x, y = case.batch(case.sizes[0])
@@ -506,6 +506,47 @@ def test_plan_without_recomputation_uses_codecs_and_predicts_the_error(exact):
     assert predicted < 4 * found
 
 
+def test_errors_are_followed_through_recomputations():
+    """An error of one value reaches all that is recomputed from it, over others as well: alone it may be harmless."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x):
+            return x + self.down(F.gelu(self.up(self.norm(x))))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Layer(), Layer(), Layer()), torch.randn(64, 32)
+    cotangent = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
+
+    def weighted(out, weights):
+        return (out * weights).sum()
+
+    def gradient(**options):
+        model.zero_grad()
+        compiled = gr.compile(model, loss=weighted, dynamic=None, **options)
+        compiled.loss(x, cotangent).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}, compiled.report()
+
+    exact = gradient()[0]
+    found, report = gradient(memory_budget=0.08)
+    taken = {line.codec for line in report.plan}
+    assert "recompute" in taken
+    assert taken & {"bf16", "int8", "int4", "int2"}, taken
+    assert 0 < error(found, exact) < 0.01
+
+
+def test_attention_without_dropout_draws_nothing():
+    for rate, random in ((0.0, False), (0.5, True)):
+        graph = torch.fx.Graph()
+        inputs = [graph.placeholder(name) for name in "qkv"]
+        target = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        assert is_random(graph.call_function(target, (*inputs, rate))) is random
+    assert not is_random(graph.call_function(target, tuple(inputs)))
+
+
 @pytest.mark.slow
 def test_budget_in_bytes_and_for_another_rule(exact):
     case = zoo.make("mlp")
@@ -617,7 +658,7 @@ def peaks(name, budgets):
         yield predicted_peak(compiled), peak_bytes(lambda c=compiled: c.loss(x, y).backward(), known)
 
 
-PEAKED = ("mlp", "cnn", "resnet", "unet", "gpt", "lstm", "vit", "gcn")
+PEAKED = ("mlp", "cnn", "resnet", "unet", "gpt", "lstm")
 
 
 @pytest.mark.parametrize(
@@ -625,6 +666,7 @@ PEAKED = ("mlp", "cnn", "resnet", "unet", "gpt", "lstm", "vit", "gcn")
     [
         ("mlp", (0.6, 0.15)),
         *[pytest.param(name, (1.0, 0.6, 0.4, 0.25, 0.15), marks=SLOW) for name in PEAKED],
+        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25), marks=SLOW) for name in ("vit", "gcn")],
     ],
 )
 def test_peak_is_predicted_and_falls_with_the_budget(name, budgets):
