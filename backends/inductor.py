@@ -221,7 +221,7 @@ def _trace(graph: JointGraph, module: fx.GraphModule, inputs: Sequence[Any]) -> 
 
 @torch.library.custom_op("graphrewrite::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def bernoulli(x: torch.Tensor, p: float) -> torch.Tensor:
-    """`aten.bernoulli.p`, which Inductor would draw in place: where several follow, what reads the first may run before."""
+    """`aten.bernoulli.p` out of place. Inductor would draw in place, and may run what reads the first of several before."""
     return torch.bernoulli(x, p)
 
 

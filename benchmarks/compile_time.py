@@ -1,6 +1,6 @@
 """Compile time of GPT-2 small at full size: capture to the end of the first backward, against `torch.compile`.
 
-    python benchmarks/compile_time.py
+    python -m benchmarks.compile_time
 
 Each is run in a process of its own with cold caches. Writes `results/compile_time.json`.
 """
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from common import write
+from benchmarks.common import write
 
 TOKENS = (2, 128)
 
@@ -57,7 +57,7 @@ def main() -> None:
                     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
                 }
                 result = subprocess.run(
-                    [sys.executable, __file__, "--child", which],
+                    [sys.executable, "-m", "benchmarks.compile_time", "--child", which],
                     env=environment, capture_output=True, text=True, check=True,
                 )  # fmt: skip
             rows.append(json.loads(result.stdout.splitlines()[-1]))

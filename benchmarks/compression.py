@@ -5,8 +5,8 @@ output gets a fixed random cotangent. Bytes are those of the unique storages tha
 without parameters and inputs, in `d`: elements per token, layer and unit of width, at the size of float32. The error is
 |dW - dW64| / |dW64| over all parameters, where dW64 is eager backpropagation in float64.
 
-    python benchmarks/compression.py                # bytes and errors
-    python benchmarks/compression.py --time         # step times as well: ratio to torch.compile, interleaved
+    python -m benchmarks.compression                # bytes and errors
+    python -m benchmarks.compression --time         # step times as well: ratio to torch.compile, interleaved
 
 Writes `results/compression.json`. `--part` and `--add` split the run into several.
 """
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Ratio, ratio, read, write
 from graphrewrite.passes.compression._plan_solver import Candidate, Choice, Problem, solve
 from graphrewrite.passes.compression.plan_memory import PlanMemory
 from torch import fx, nn
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import graphrewrite as gr
+from benchmarks.common import Ratio, ratio, read, write
 from graphrewrite.analysis.liveness import LiveBytes
 
 HEAD = 64

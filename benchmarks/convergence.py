@@ -1,6 +1,6 @@
 """Training with a tenth of the saved bytes: final losses next to those of exact backpropagation, on real data.
 
-    GRAPHREWRITE_DATA=folder python benchmarks/convergence.py --tasks cora shakespeare cifar sst2
+    GRAPHREWRITE_DATA=folder python -m benchmarks.convergence --tasks cora shakespeare cifar sst2
 
 Small models, three seeds, Adam at a rate that falls linearly to zero; all arms of a seed start from the same weights
 and see the same batches.
@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import read, write
 from graphrewrite.passes.compression.int2 import Int2
 from torch import nn
 from torch.nn import functional as F
 
 import graphrewrite as gr
+from benchmarks.common import read, write
 from graphrewrite import datasets
 
 

@@ -1,6 +1,6 @@
 """What DFA saves: floating-point operations counted on the graph, and the time of a step, against backpropagation.
 
-    python benchmarks/dfa_cost.py
+    python -m benchmarks.dfa_cost
 
 At `blocks="layers"` no product of an input cotangent is left on an MLP but the projections of the error; with larger
 blocks each block keeps its own. Writes `results/dfa_cost.json`.
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import ratio, write
-from dfa_real import GPT
 from torch import nn
 
 import graphrewrite as gr
+from benchmarks.common import ratio, write
+from benchmarks.reproduce.dfa_real import GPT
 from graphrewrite.analysis.cost import count
 from graphrewrite.testing import zoo
 

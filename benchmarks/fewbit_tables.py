@@ -8,7 +8,7 @@ Each row holds, for one function, weight and size:
 * `primitive`: the table with the least error of the primitive (`fewbit{objective=primitive}`);
 * `published`: ReGELU2 and ReSiLU2, under the uniform weight.
 
-`python benchmarks/fewbit_tables.py` writes `results/fewbit_tables.json`.
+`python -m benchmarks.fewbit_tables` writes `results/fewbit_tables.json`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import common
 import torch
 from graphrewrite.passes.compression._samples import Table
 from graphrewrite.passes.compression.approx_bp import published_table
 from graphrewrite.passes.compression.tables import table
 from torch.nn import functional as F
+
+from benchmarks import common
 
 FUNCTIONS = {
     "gelu": F.gelu,

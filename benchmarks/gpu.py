@@ -1,7 +1,7 @@
 """What the backends and kernels do on a CUDA device; in a reduced form, on the CPU.
 
-    python benchmarks/gpu.py                      # at most --minutes, writes results/gpu.json
-    python benchmarks/gpu.py --reduced            # small sizes, few rounds; what runs without a CUDA device
+    python -m benchmarks.gpu                      # at most --minutes, writes results/gpu.json
+    python -m benchmarks.gpu --reduced            # small sizes, few rounds; what runs without a CUDA device
 
 Models: step time and peak memory of eager mode, `torch.compile` and graphrewrite (bp, dfa, ff, mono_forward; with and
 without compressed saved tensors) on a GPT-2-small-sized transformer, a ViT-B-sized one and a ResNet-50-sized net.
@@ -26,12 +26,12 @@ from typing import Any
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
-from common import RESULTS, environment
 from graphrewrite.backends.triton import KERNELS, support
 from torch import nn
 from torch.nn import functional as F
 
 import graphrewrite as gr
+from benchmarks.common import RESULTS, environment
 
 
 @dataclass(frozen=True)

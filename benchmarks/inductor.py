@@ -1,7 +1,7 @@
 """The Inductor backend against `torch.compile`: step time of backpropagation, DFA and Mono-Forward; compile time.
 
-    python benchmarks/inductor.py                                  # everything: some minutes
-    python benchmarks/inductor.py --cases "wide mlp" --rules bp    # a part; rows of the other parts stay
+    python -m benchmarks.inductor                                  # everything: some minutes
+    python -m benchmarks.inductor --cases "wide mlp" --rules bp    # a part; rows of the other parts stay
 
 Ratios are medians against `torch.compile(model)` with backpropagation, interleaved in the same process; that against
 itself is printed beside them. Steps are timed in processor time of one thread, so that what else the machine does
@@ -30,11 +30,11 @@ from typing import Any
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
-from common import RESULTS, processor_ratios, write
-from overhead import Layer, mlp
 from torch import nn
 
 import graphrewrite as gr
+from benchmarks.common import RESULTS, processor_ratios, write
+from benchmarks.overhead import Layer, mlp
 
 FILE = "inductor"
 

@@ -1,6 +1,6 @@
 """How long it takes to look at GPT-2 small: `inspect` as text after capture, and its page in a headless Chromium.
 
-    python benchmarks/inspect_gpt2.py
+    python -m benchmarks.inspect_gpt2
 
 The page of 10,000 nodes repeats the ATen-level document. Writes `results/inspect_gpt2.json`.
 """
@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import write
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import graphrewrite as gr
+from benchmarks.common import write
 from graphrewrite.cli.inspect import listing
 from graphrewrite.cli.show import print_lines
 from graphrewrite.report.explorer import explorer_page

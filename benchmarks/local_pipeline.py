@@ -1,6 +1,6 @@
 """Pipelines in which no stage waits for a cotangent: messages that the engine sends back, and the measured bubble.
 
-    python benchmarks/local_pipeline.py --processes 2
+    python -m benchmarks.local_pipeline --processes 2
 
 Stages sleep in their forward and in their backward instead of computing, for the same times in all of them. The bubble
 is the share of the processes' time, from the first start to the last end of a step, in which they do not sleep: what
@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import write
 from graphrewrite.backends.distributed import DFAPipeline, LocalPipeline, actions_of, cut, simulate
 from graphrewrite.backends.distributed.simulate import StageCost
-from pipeline_simulator import port
 from torch import nn
 from torch.distributed.pipelining import schedules
+
+from benchmarks.common import write
+from benchmarks.pipeline_simulator import port
 
 WIDTH, SIZE = 8, 2
 

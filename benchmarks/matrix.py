@@ -1,8 +1,8 @@
 """Rule x model x codec x split x backend: two training steps of each combination, and the reason where one refuses.
 
-    python benchmarks/matrix.py                          # the cells that the result file does not have yet
-    python benchmarks/matrix.py --again fails            # and those that failed (or: refuses, trains, all)
-    python benchmarks/matrix.py --only gpt2 dfa --list   # only cells that name one of each word; list, do not run
+    python -m benchmarks.matrix                          # the cells that the result file does not have yet
+    python -m benchmarks.matrix --again fails            # and those that failed (or: refuses, trains, all)
+    python -m benchmarks.matrix --only gpt2 dfa --list   # only cells that name one of each word; list, do not run
 
 All combinations would be 29 rules x 17 models x 20 codecs x 2 x 3. These are the ones tried (`cells`):
 
@@ -37,8 +37,8 @@ from typing import Any
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-from common import RESULTS, write
 
+from benchmarks.common import RESULTS, write
 from graphrewrite import registry
 from graphrewrite.errors import BackendError, RuleError
 from graphrewrite.testing import matrix, zoo

@@ -1,7 +1,7 @@
 """Peak live activation bytes against depth, for every rule that is asked for, next to eager backpropagation.
 
-    python benchmarks/memory.py --rules bp dfa ff mono_forward "local_loss{head=predsim}" lls
-    python benchmarks/memory.py --local --name memory_local        # every rule and head with local objectives
+    python -m benchmarks.memory --rules bp dfa ff mono_forward "local_loss{head=predsim}" lls
+    python -m benchmarks.memory --local --name memory_local        # every rule and head with local objectives
 
 Bytes are storages allocated during one step, parameters and inputs not counted, the returned gradients subtracted, in
 units of one block's activation. For rules whose updates are not locked: the same of `step_blocks`, nothing subtracted,
@@ -17,11 +17,11 @@ import math
 from typing import Any
 
 import torch
-from common import RESULTS, write
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 import graphrewrite as gr
+from benchmarks.common import RESULTS, write
 from graphrewrite.testing.memory import equal_blocks, gradient_bytes, measured_peak, peak_bytes, predicted_peak
 
 WIDTH, BATCH, DEPTHS = 64, 1024, (4, 16, 64)

@@ -1,6 +1,6 @@
 """What `rule="bp"` costs against eager mode: step time, fixed cost per call, saved bytes.
 
-    python benchmarks/overhead.py
+    python -m benchmarks.overhead
 
 Ratios are medians of interleaved pairs; the reference against itself is printed beside them. Writes
 `results/overhead.json`.
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import ratio, write
 from torch import nn
 from torch.nn import functional as F
 
 import graphrewrite as gr
+from benchmarks.common import ratio, write
 
 
 class Layer(nn.Module):

@@ -1,6 +1,6 @@
 """Two real processes that compute: a step's time over the ideal, for the engine's schedules on both kinds of stages.
 
-    python benchmarks/pipeline.py [--micro-batches 8]
+    python -m benchmarks.pipeline [--micro-batches 8]
 
 Eight GPT blocks, one thread per process. The ideal is half of the time that one process takes for the same batch,
 micro-batch by micro-batch, in the same run. `stock` stages are the eager modules with torch's own split; ours are
@@ -28,16 +28,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import keep_memory, write
 from graphrewrite.backends.distributed import Pipeline, cut, optimise
 from graphrewrite.backends.distributed.pipeline import SINGLE, stages_of_rank
 from graphrewrite.backends.distributed.simulate import StageCost
-from overhead import Layer
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 import graphrewrite as gr
+from benchmarks.common import keep_memory, write
+from benchmarks.overhead import Layer
 
 WIDTH, HEADS, LAYERS, TOKENS = 256, 4, 8, 64
 STOCK = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")

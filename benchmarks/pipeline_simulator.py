@@ -1,6 +1,6 @@
 """The simulator against real processes: the engine runs its schedules on stages that sleep instead of computing.
 
-    python benchmarks/pipeline_simulator.py --processes 4
+    python -m benchmarks.pipeline_simulator --processes 4
 
 Every stage has its own times for F, I and W. What the engine itself takes per forward or backward, its messages
 included, is one number: that for which the simulator is right about one schedule (LoopedBFS) of two processes, measured
@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import write
 from graphrewrite.backends.distributed import actions_of, optimise, simulate
 from graphrewrite.backends.distributed.pipeline import FOLDED, SINGLE
 from graphrewrite.backends.distributed.simulate import Action, StageCost
@@ -32,6 +31,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
+from benchmarks.common import write
 from graphrewrite._compat import custom_schedule
 
 NAMES = ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")

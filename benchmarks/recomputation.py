@@ -7,7 +7,7 @@ of this package, with the same codec, masks and recomputation, the one that save
 operations (products, convolutions, attention) that torch's cut does twice. Bytes and operations of both are counted on
 the graphs.
 
-    python benchmarks/recomputation.py
+    python -m benchmarks.recomputation
 
 Writes `results/recomputation.json`.
 """
@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import write
-from compression import GPTLayer, LlamaLayer
-from convergence import Block, resnet
 from graphrewrite.passes.compression._plan_solver import UNIT, Candidate, Problem, solve
 from graphrewrite.passes.compression.compress_saved import stored_size
 from graphrewrite.passes.compression.int8 import Int8
@@ -33,6 +30,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition  #
 from torch._inductor.decomposition import select_decomp_table  # noqa: TID251
 
 import graphrewrite as gr
+from benchmarks.common import write
+from benchmarks.compression import GPTLayer, LlamaLayer
+from benchmarks.convergence import Block, resnet
 from graphrewrite.analysis.cost import count, flops
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import nbytes

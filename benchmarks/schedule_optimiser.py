@@ -1,6 +1,6 @@
 """How far made schedules are from a lower bound, and from the engine's own schedules.
 
-    python benchmarks/schedule_optimiser.py [--seconds 60]
+    python -m benchmarks.schedule_optimiser [--seconds 60]
 
 Costs are in units of a stage's forward; two stages per process, folded back; nothing is measured here but the time
 that the optimiser takes. A stage saves one unit per micro-batch: a cap of 2 p units is what 1F1B takes with stages of
@@ -19,9 +19,10 @@ import random
 import time
 from typing import Any
 
-from common import write
 from graphrewrite.backends.distributed import actions_of, optimise, simulate
 from graphrewrite.backends.distributed.simulate import StageCost
+
+from benchmarks.common import write
 
 RATIOS = ((1.3, 0.7), (1.17, 0.83), (1.0, 1.0), (0.8, 1.2))
 

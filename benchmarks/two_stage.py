@@ -1,6 +1,6 @@
 """What a backward in two stages costs, holds and gains.
 
-    python benchmarks/two_stage.py [--only times|concat|inductor|bytes]
+    python -m benchmarks.two_stage [--only times|concat|inductor|bytes]
 
 * Time of both stages over time of the one-stage backward, for a GPT stage, eager and (on request) lowered by Inductor;
   torch's own split over its own backward beside it. Medians of interleaved pairs; the reference against itself is
@@ -25,12 +25,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import keep_memory, write
-from overhead import Layer
 from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 import graphrewrite as gr
+from benchmarks.common import keep_memory, write
+from benchmarks.overhead import Layer
 from graphrewrite.analysis.liveness import backward_curve, forward_curve, weight_curve
 from graphrewrite.graph.nodes import Grad, value
 from graphrewrite.testing.memory import peak_bytes

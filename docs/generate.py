@@ -37,7 +37,7 @@ ABOUT_MATRIX = (
     "Which combinations of rule, model, codec, split and backend train: every cell took two steps, at the captured "
     "batch size and at another one, with default options and blocks; losses, gradients and predictions were finite "
     "and every weight moved. Where a combination is refused, the message of the error says why. "
-    "`python benchmarks/matrix.py` tries the cells, and says which of all combinations it tries."
+    "`python -m benchmarks.matrix` tries the cells, and says which of all combinations it tries."
 )
 
 

@@ -58,12 +58,12 @@ def test_rule_trains_model(rule, model):
 
 
 def test_the_recorded_table_is_that_of_these_rules():
-    """What the documentation shows: `python benchmarks/matrix.py` adds what is missing."""
+    """What the documentation shows: `python -m benchmarks.matrix` adds what is missing."""
     text = (pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "matrix.json").read_text()
     rows = json.loads(text)["rows"]
     plain = [r for r in rows if (r["codec"], r["split"], r["backend"]) == ("none", False, "eager")]
     table = {(row["rule"], row["model"]): row for row in plain}
-    assert {rule for rule, _ in table} == {*MODELS, "bp"}, "run python benchmarks/matrix.py, then docs/generate.py"
+    assert {rule for rule, _ in table} == {*MODELS, "bp"}, "run python -m benchmarks.matrix, then docs/generate.py"
     required = {(rule, model) for rule, models in MODELS.items() for model in models} - REFUSED.keys()
     refused = {pair: table[pair]["why"] for pair in required & table.keys() if table[pair]["outcome"] != "trains"}
     assert not refused

@@ -1,6 +1,6 @@
 """Published figures that the benchmarks are held against, and where ours are.
 
-    python benchmarks/reproduce/anchors.py          # which have a figure of ours, and which command makes the others
+    python -m benchmarks.reproduce.anchors          # which have a figure of ours, and which command makes the others
 
 `docs/generate.py` makes the page `docs/results.md` from this list and from the files in `benchmarks/results`. An anchor
 whose result file lacks its row shows as not run; a file's rows are what its script measured, backpropagation beside it
@@ -21,8 +21,8 @@ BIOTORCH = "Sanfiz and Akrout 2021 (biotorch), MNIST, LeNet, 100 epochs; best mo
 MIRROR = "Akrout et al. 2019 (weight mirror), MNIST, 784-500-10, epoch 10"
 FEWER = "10,000 training images and 10 epochs here, 60,000 and 100 there"
 SCHEDULE = "the rate falls to zero over these 10 epochs; there, epoch 10 of 400 at a rate of its own for each rule"
-LENET = "python benchmarks/feedback_mnist.py --data FOLDER --nets lenet --samples 10000"
-MLP = "python benchmarks/feedback_mnist.py --data FOLDER --nets mlp"
+LENET = "python -m benchmarks.reproduce.feedback_mnist --data FOLDER --nets lenet --samples 10000"
+MLP = "python -m benchmarks.reproduce.feedback_mnist --data FOLDER --nets mlp"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ ANCHORS = (
         1.4,
         "Hinton 2022 in loeweX/Forward-Forward, MNIST, 784-1000x3, SGD, 100 epochs",
         "784-500-500-10 and 20 epochs of Adam here; `--setting full` is the published net",
-        "python benchmarks/learning.py --data FOLDER",
+        "python -m benchmarks.reproduce.learning --data FOLDER",
     ),
     Anchor(
         "ff",
@@ -107,7 +107,7 @@ ANCHORS = (
         1.4,
         "Hinton 2022 in loeweX/Forward-Forward, MNIST, 784-1000x3, SGD, 100 epochs",
         "the published setting",
-        "python benchmarks/learning.py --data FOLDER --setting full --rules bp ff",
+        "python -m benchmarks.reproduce.learning --data FOLDER --setting full --rules bp ff",
     ),
     Anchor(
         "mono_forward",
@@ -116,7 +116,7 @@ ANCHORS = (
         0.75,
         "Nokland and Eidnes 2019 (`pred` losses), MNIST, 3x1024, batch-norm, dropout, 2 pixels of jitter",
         "3x256 without batch-norm, dropout and jitter, 4 epochs here",
-        "python benchmarks/local_mnist.py --data FOLDER",
+        "python -m benchmarks.reproduce.local_mnist --data FOLDER",
     ),
     Anchor(
         "local_loss",
@@ -125,7 +125,7 @@ ANCHORS = (
         0.75,
         "Nokland and Eidnes 2019 (`predsim` losses), MNIST, 3x1024, batch-norm, dropout, 2 pixels of jitter",
         "3x256 without batch-norm, dropout and jitter, 4 epochs here",
-        "python benchmarks/local_mnist.py --data FOLDER",
+        "python -m benchmarks.reproduce.local_mnist --data FOLDER",
     ),
     Anchor(
         "forward_gnn",
@@ -134,7 +134,7 @@ ANCHORS = (
         13.16,
         "Park et al. 2024 (ForwardGNN-SF), CoraML, 2-layer GCN",
         "Cora's public split (140 labelled nodes, 40 epochs) here, CitationFull's CoraML there: another data set",
-        "python benchmarks/ff_variants.py --data FOLDER",
+        "python -m benchmarks.reproduce.ff_variants --data FOLDER",
         (("model", "GCNConv 1433-64-7"),),
     ),
 )

@@ -1,6 +1,6 @@
 """PEPITA on CIFAR-10 as its authors logged it, next to the same rule written out in plain PyTorch.
 
-    GRAPHREWRITE_DATA=folder python benchmarks/pepita_cifar.py --epochs 3
+    GRAPHREWRITE_DATA=folder python -m benchmarks.reproduce.pepita_cifar --epochs 3
 
 The net of the published log: 3072-1024-10, ReLU, no bias, He-uniform weights, dropout 0.1 with one mask for both
 passes, batch 64, SGD with rate 0.01 and momentum 0.9, pixels in [0, 1]. Both learners start from the same weights and
@@ -16,11 +16,11 @@ import math
 from typing import Any
 
 import torch
-from common import write
 from torch import nn
 from torch.nn import functional as F
 
 import graphrewrite as gr
+from benchmarks.common import write
 from graphrewrite import datasets
 from graphrewrite.training import Split, in_batches
 

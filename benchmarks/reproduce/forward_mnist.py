@@ -1,7 +1,7 @@
 """Rules that learn from forward passes, noise or a settling loop, next to backpropagation on an MNIST MLP, in one run.
 
-    GRAPHREWRITE_DATA=folder python benchmarks/forward_mnist.py
-    python benchmarks/forward_mnist.py --tune --samples 10000 --epochs 1 --rules pepita@3e-3 pepita@1e-2
+    GRAPHREWRITE_DATA=folder python -m benchmarks.reproduce.forward_mnist
+    python -m benchmarks.reproduce.forward_mnist --tune --samples 10000 --epochs 1 --rules pepita@3e-3 pepita@1e-2
 
 A tanh net on images halved to 14 x 14 pixels (a step of zeroth order costs as many numbers as there are weights, and
 learns the less from each), the same initial weights and batches for all, Adam falling to zero. A rule's rate stands
@@ -23,10 +23,10 @@ import warnings
 from typing import Any
 
 import torch
-from common import RESULTS, processor_ratios, write
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.common import RESULTS, processor_ratios, write
 from graphrewrite import datasets
 from graphrewrite.datasets import Dataset
 from graphrewrite.testing.memory import gradient_bytes, measured_peak, peak_bytes

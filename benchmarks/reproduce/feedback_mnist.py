@@ -1,9 +1,9 @@
 """The feedback family on MNIST: LeNet and an MLP, every rule from the same weights, on the same batches.
 
-    python benchmarks/feedback_mnist.py --data FOLDER             # all of MNIST, 10 epochs
-    python benchmarks/feedback_mnist.py --data FOLDER --small     # 6,000 images, 10 epochs: minutes on one core
-    python benchmarks/feedback_mnist.py --data FOLDER --nets lenet --samples 20000
-    python benchmarks/feedback_mnist.py --data FOLDER --nets mlp_adam --rules bp fa usf
+    python -m benchmarks.reproduce.feedback_mnist --data FOLDER              # all of MNIST, 10 epochs
+    python -m benchmarks.reproduce.feedback_mnist --data FOLDER --small    # 6,000 images: minutes on one core
+    python -m benchmarks.reproduce.feedback_mnist --data FOLDER --nets lenet --samples 20000
+    python -m benchmarks.reproduce.feedback_mnist --data FOLDER --nets mlp_adam --rules bp fa usf
 
 Plain SGD, the rate falling linearly to zero. The MLP is the weight-mirror paper's (784-500-10, sigmoid, rate 0.3, batch
 128, no decay) under one rate. LeNet has ReLU, batch 64, momentum 0.9 and weight decay 1e-3 as in biotorch; its rates
@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import write
 from torch import nn
 
+from benchmarks.common import write
 from graphrewrite.datasets import Dataset, Split, mnist
 from graphrewrite.training import Budget, Learner, side_by_side, train
 

@@ -1,7 +1,7 @@
 """Test error on MNIST of each rule next to backpropagation, all on the same net.
 
-    python benchmarks/learning.py --data FOLDER
-    python benchmarks/learning.py --data FOLDER --setting full --rules ff
+    python -m benchmarks.reproduce.learning --data FOLDER
+    python -m benchmarks.reproduce.learning --data FOLDER --setting full --rules ff
 
 `--setting small` takes minutes for each rule on two cores: 784-500-500-10, Adam, the same for all rules.
 `--setting full` is Forward-Forward as published: three layers of 1000 units whose weights start at N(0, 1/n_out),
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import write
 from torch import nn
 
+from benchmarks.common import write
 from graphrewrite import datasets
 from graphrewrite.cli.show import progress
 from graphrewrite.datasets import Dataset, Split

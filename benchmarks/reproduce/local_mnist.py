@@ -1,6 +1,6 @@
 """Local rules next to backpropagation on an MNIST MLP: same initial weights, same batches, interleaved steps.
 
-    GRAPHREWRITE_DATA=folder python benchmarks/local_mnist.py --epochs 2
+    GRAPHREWRITE_DATA=folder python -m benchmarks.reproduce.local_mnist --epochs 2
 
 Test accuracy after every epoch, and the median over steps of the step time divided by backpropagation's on the same
 batch. Every rule, backpropagation too, has the learning rate of `--rates` that is best after `--tune-epochs` on 10,000
@@ -15,9 +15,9 @@ import dataclasses
 import itertools
 
 import torch
-from common import write
 from torch import nn
 
+from benchmarks.common import write
 from graphrewrite import datasets
 from graphrewrite.datasets import Dataset
 from graphrewrite.training import Budget, Split, side_by_side, take, train

@@ -1,6 +1,6 @@
 """Local rules next to backpropagation on CIFAR-10, a small conv net: same weights, same batches, interleaved steps.
 
-    GRAPHREWRITE_DATA=folder python benchmarks/local_cifar.py --samples 5000 --epochs 6
+    GRAPHREWRITE_DATA=folder python -m benchmarks.reproduce.local_cifar --samples 5000 --epochs 6
 
 Three stages of 3x3 convolution, batch-norm, ReLU and 2x2 pooling (16, 32, 64 channels), and a linear layer. Adam 1e-3
 falling to zero, no augmentation, nothing tuned. Test accuracy after every epoch, the accuracy of each block's own head
@@ -14,9 +14,9 @@ import itertools
 from typing import Any
 
 import torch
-from common import write
 from torch import nn
 
+from benchmarks.common import write
 from graphrewrite import datasets
 from graphrewrite.errors import RuleError
 from graphrewrite.evaluation import block_accuracy

@@ -1,6 +1,6 @@
 """DFA on real data, next to backpropagation and to training the top block only.
 
-    GRAPHREWRITE_DATA=folder python benchmarks/dfa_real.py
+    GRAPHREWRITE_DATA=folder python -m benchmarks.reproduce.dfa_real
 
 * Cora, public split, 2-layer GCN with 16 hidden units; test accuracy at the best validation, one in 5 epochs. Settings
   of Launay et al. 2020: Adam 0.01; DFA with dropout 0.1 and weight decay 1e-4 on the first layer, BP and top-only with
@@ -19,12 +19,12 @@ import time
 from typing import Any
 
 import torch
-from common import write
 from torch import nn
 from torch.nn import functional as F
 from torch_geometric.nn import GCNConv
 
 import graphrewrite as gr
+from benchmarks.common import write
 from graphrewrite.datasets import Graph, planetoid, tinyshakespeare
 
 ARMS = ("bp", "dfa", "top")

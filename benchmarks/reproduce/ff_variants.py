@@ -1,7 +1,7 @@
 """Forward-Forward and its variants on MNIST, ForwardGNN on Cora and CiteSeer, each next to backpropagation.
 
-    python benchmarks/ff_variants.py --data FOLDER
-    python benchmarks/ff_variants.py --data FOLDER --only graphs
+    python -m benchmarks.reproduce.ff_variants --data FOLDER
+    python -m benchmarks.reproduce.ff_variants --data FOLDER --only graphs
 
 One thread. The MNIST rules share initial weights, batches and steps of one run: Adam 3e-3, falling to zero over the
 second half; wrong labels drawn anew each step; no peer normalisation. Rate and threshold were chosen on training
@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import RESULTS, write
 from torch import nn
 from torch.nn import functional as F
 
 import graphrewrite as gr
+from benchmarks.common import RESULTS, write
 from graphrewrite import datasets, training
 from graphrewrite.evaluation import block_predictions, sparsity
 
