@@ -221,7 +221,10 @@ def _trace(graph: JointGraph, module: fx.GraphModule, inputs: Sequence[Any]) -> 
 
 @torch.library.custom_op("graphrewrite::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def bernoulli(x: torch.Tensor, p: float) -> torch.Tensor:
-    """`aten.bernoulli.p` out of place. Inductor would draw in place, and may run what reads the first of several before."""
+    """`aten.bernoulli.p` out of place.
+
+    Inductor would draw in place, and may run what reads the first of several masks before it is drawn.
+    """
     return torch.bernoulli(x, p)
 
 
