@@ -173,7 +173,7 @@ class _Converter:
                 _in_form_of, [cast("fx.Node", a) for a in args[:2]], like=self._info(node)
             )
             return
-        if target is torch.ops.aten.bernoulli.p and (order := _memory_order(args[0])):
+        if target is torch.ops.aten.bernoulli.p and (order := _memory_order(cast("fx.Node", args[0]))):
             self.env[node] = self._drawn_in_memory_order(node, args, order)
             return
         self.env[node] = self.graph.emit(
@@ -186,7 +186,7 @@ class _Converter:
         empty = args[0]
         turned = self.graph.emit(permute, (empty.args[0], list(order)), like=like)
         turned = self.graph.emit(empty.target, (turned,), empty.kwargs, like=like)
-        drawn = self.graph.emit(node.target, (turned, *args[1:]), node.kwargs, like=like, name=node.name)
+        drawn = self.graph.emit(torch.ops.aten.bernoulli.p, (turned, *args[1:]), node.kwargs, like=like, name=node.name)
         return self.graph.emit(permute, (drawn, [order.index(d) for d in range(len(order))]), like=like)
 
     @staticmethod
