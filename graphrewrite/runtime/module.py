@@ -33,6 +33,7 @@ from graphrewrite.graph.nodes import (
     Target,
     UserInput,
     UserOutput,
+    hint,
     value,
 )
 from graphrewrite.inputs import Inputs, as_inputs, as_targets
@@ -552,7 +553,8 @@ class CompiledModule(StatefulModule):
         values: list[Any] = []
         for spec, node in graph.inputs.items():
             if isinstance(spec, Tangent):
-                sizes, like = [int(s) for s in _sizes(node)], value(node)
+                like = value(node)
+                sizes = [hint(size) for size in like.shape]
                 drawn = torch.randn(sizes, generator=draw) if sizes else torch.ones(())
                 values.append(drawn.to(like.device, like.dtype))
             elif isinstance(spec, State):
@@ -698,7 +700,3 @@ def _filled(outline: Inputs | None) -> Inputs:
 
 def _contiguous(leaf: Any) -> Any:
     return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _sizes(node: Any) -> Any:
-    return value(node).shape
