@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import graphrewrite as gr
-from graphrewrite.testing.compare import assert_trains_like_eager
+from graphrewrite.testing.compare import assert_same, assert_trains_like_eager
 
 
 def batch(n: int = 6, features: int = 8, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -551,6 +551,17 @@ def test_attention_with_a_trained_mask():
     assert_trains_like_eager(
         LearnedBias(), [(torch.randn(n, t, 8), torch.randint(0, 4, (n,))) for n, t in ((3, 5), (3, 5), (2, 4), (1, 5))]
     )
+
+
+def test_an_input_that_has_a_gradient_already():
+    """Another program is captured for the same tensor: what the first backward left in `.grad` is no part of it."""
+    x, y = batch()
+    x.requires_grad_()
+    for compiled in (gr.compile(Plain()), gr.compile(Plain())):
+        expected = torch.autograd.grad(gr.default_loss(compiled.module(x), y), x)[0]
+        before = 0 if x.grad is None else x.grad.clone()
+        compiled.loss(x, y).backward()
+        assert_same(x.grad, before + expected, "gradient of the input")
 
 
 # --- runtime -------------------------------------------------------------------------------------------------------

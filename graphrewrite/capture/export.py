@@ -127,7 +127,8 @@ def capture(
 
 
 def _export(wrapper: _Traced, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    packed = pytree.tree_map(_packed(), args)
+    args = pytree.tree_map(_each_once(_without_gradient), args)
+    packed = pytree.tree_map(_each_once(_packed), args)
     program = _export_as_is(wrapper, packed, shapes)
     moved = any(a is not b for a, b in zip(pytree.tree_leaves(packed), pytree.tree_leaves(args), strict=True))
     return _export_as_is(wrapper, args, shapes) if moved and reads_strides(program.graph.nodes) else program
@@ -229,22 +230,36 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
-def _packed() -> Callable[[Any], Any]:
-    """Gives a tensor with gaps or overlaps in memory (a slice, an expanded one) as one without, dimensions in order.
-
-    Of a stride that is no product of sizes torch makes a symbol that no input tells, and then fails or not as the order
-    of a set of symbols has it. What a graph computes does not depend on gaps. The same tensor stays the same.
-    """
-    packed: dict[int, torch.Tensor] = {}
+def _each_once(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
+    """Changes the tensors among the leaves of inputs; the same tensor stays the same."""
+    changed: dict[int, torch.Tensor] = {}
 
     def of(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided or _is_dense(leaf):
+        if not isinstance(leaf, torch.Tensor):
             return leaf
-        if id(leaf) not in packed:
-            packed[id(leaf)] = torch.empty_like(leaf).copy_(leaf.detach()).requires_grad_(leaf.requires_grad)
-        return packed[id(leaf)]
+        if id(leaf) not in changed:
+            changed[id(leaf)] = change(leaf)
+        return changed[id(leaf)]
 
     return of
+
+
+def _without_gradient(leaf: torch.Tensor) -> torch.Tensor:
+    """An input without what an earlier backward left in `.grad`: torch would guard on its sizes, and not find it."""
+    if not leaf.is_leaf or leaf.grad is None:
+        return leaf
+    return leaf.detach().requires_grad_(leaf.requires_grad)
+
+
+def _packed(leaf: torch.Tensor) -> torch.Tensor:
+    """A tensor with gaps or overlaps in memory (a slice, an expanded one) as one without, dimensions in order.
+
+    Of a stride that is no product of sizes torch makes a symbol that no input tells, and then fails or not as the order
+    of a set of symbols has it. What a graph computes does not depend on gaps.
+    """
+    if leaf.layout is not torch.strided or _is_dense(leaf):
+        return leaf
+    return torch.empty_like(leaf).copy_(leaf.detach()).requires_grad_(leaf.requires_grad)
 
 
 def _warn_long_sequences(model: nn.Module, inputs: Inputs) -> None:
