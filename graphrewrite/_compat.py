@@ -195,7 +195,7 @@ def pipeline_actions(
         # what torch lists for the last process begins with micro-batch 1; what it runs begins with 0
         for own in computed:
             numbers = iter(range(micro_batches))
-            own[:] = [(stage, kind, next(numbers) if kind == "F" else mb, _) for stage, kind, mb, _ in own]
+            own[:] = [(at, kind, next(numbers) if kind == "F" else mb, joined) for at, kind, mb, joined in own]
     return computed
 
 

@@ -211,11 +211,17 @@ def _lower(part: Partition, options: Options) -> Sequence[Run]:
         return registry.find("backend", options.fallback)(part)  # type: ignore[no-any-return]
 
 
-def _saved_by_backpropagation(graph: JointGraph, probe: Probe | None) -> int:
-    """Bytes that the exact backward of a differentiated graph would save: what a relative budget is a fraction of."""
-    expanded = expand(graph.copy())
+def _expanded(graph: JointGraph, probe: Probe | None) -> JointGraph:
+    """The graph at the ATen level, with sizes that depend on data known at those of the example."""
+    expanded = expand(graph)
     if probe is not None:
         observe_sizes(expanded, probe)
+    return expanded
+
+
+def _saved_by_backpropagation(graph: JointGraph, probe: Probe | None) -> int:
+    """Bytes that the exact backward of a differentiated graph would save: what a relative budget is a fraction of."""
+    expanded = _expanded(graph.copy(), probe)
     for name in CLEANUP:
         expanded = textform.build("pass", name).run(expanded).graph
     return partition(expanded).saved_bytes
@@ -253,9 +259,7 @@ class _Pipeline:
 
     def expand(self, graph: JointGraph) -> JointGraph:
         started = time.perf_counter()
-        expanded = expand(graph)
-        if self._probe is not None:
-            observe_sizes(expanded, self._probe)
+        expanded = _expanded(graph, self._probe)
         self.history.append(
             PassRecord(
                 "expand", "aten", time.perf_counter() - started, True, len(graph.graph.nodes), len(expanded.graph.nodes)

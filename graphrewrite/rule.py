@@ -15,6 +15,9 @@ from graphrewrite.graph.core import Block
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.pipeline import Pass
 
+FINER_BLOCKS = "choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count"
+"""The remedy where a model was cut into too few blocks."""
+
 
 @dataclass(frozen=True)
 class Rule(Pass):

@@ -175,11 +175,9 @@ def simulate(
         """When an action's inputs are there; None: not known yet."""
         times = []
         for group in _inputs(action, last, local):
-            at = [
-                sent[a] + communication if place[a.stage] != place[action.stage] else done[a]
-                for a in group
-                if a in (sent if place[a.stage] != place[action.stage] else done)
-            ]
+            near = [done[a] for a in group if place[a.stage] == place[action.stage] and a in done]
+            far = [sent[a] + communication for a in group if place[a.stage] != place[action.stage] and a in sent]
+            at = near + far
             if not at:
                 return None
             times += at

@@ -25,6 +25,7 @@ from torch_geometric.nn import GCNConv
 
 import graphrewrite as gr
 from benchmarks.common import write
+from benchmarks.overhead import Layer
 from graphrewrite.datasets import Graph, planetoid, tinyshakespeare
 
 ARMS = ("bp", "dfa", "top")
@@ -90,22 +91,6 @@ def cora_arm(graph: Graph, arm: str, seed: int, epochs: int) -> dict[str, Any]:
 
 
 # --- Tiny Shakespeare ------------------------------------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d)
-        x = x + self.out(h)
-        return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):

@@ -130,7 +130,7 @@ class Program:
             tensors.append(queue.anchor)
         second = None if queue is None else (queue, leaves)
         chain = None
-        if self.segments is not None and reduces_gradients():
+        if reduces_gradients() and self.segments is not None:
             chain = Chain(self, self.segments, tensors[0].device)
             tensors = chain.link(tensors)
         return list(_Apply.apply(self, values, on_backward, second, chain, *tensors))  # type: ignore[no-untyped-call]

@@ -34,8 +34,7 @@ def settled_blocks(graph: JointGraph) -> dict[str, list[fx.Node]]:
 
 def read_by(graph: JointGraph, states: Sequence[fx.Node], rule: str) -> dict[fx.Node, set[fx.Node]]:
     """What each state, in the order of the forward, is predicted from; for the loss, what it reads."""
-    rank = {node: i for i, node in enumerate(graph.nodes)}
-    ends = [*sorted(states, key=rank.__getitem__), task_loss(graph)]
+    ends = [*sorted(states), task_loss(graph)]
     return {end: Replay(graph, [end], states, rule).reads for end in ends}
 
 

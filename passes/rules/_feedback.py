@@ -21,7 +21,7 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import fix, hint, info, is_backward, value
 from graphrewrite.pipeline import PassResult
-from graphrewrite.rule import Rule
+from graphrewrite.rule import FINER_BLOCKS, Rule
 
 Distribution = Literal["uniform", "normal"]
 Fill = Callable[[torch.Tensor, torch.Generator], Any]
@@ -201,7 +201,7 @@ class ProjectedSignal(Rule):
         if len(graph.blocks) < 2:
             raise RuleError(
                 f"{self.name} needs at least two blocks: with one, nothing is left to redirect",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
+                remedy=FINER_BLOCKS,
             )
 
     @abstractmethod

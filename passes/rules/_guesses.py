@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from graphrewrite.passes.rules._heads import Head, HeadRule
+from graphrewrite.passes.rules._local import hidden_blocks
 from graphrewrite.passes.rules._perturb import trained_leaves
-from graphrewrite.passes.rules._site import answer_of, hidden_blocks_of
+from graphrewrite.passes.rules._site import answer_of
 from graphrewrite.passes.rules.local_loss import build_head
 from torch import fx
 
@@ -49,7 +50,7 @@ def guess(graph: JointGraph, guesser: LocalGuess) -> dict[str, dict[fx.Node, fx.
     losses.
     """
     task = graph.outputs[Loss()]
-    hidden = {block.name for block in hidden_blocks_of(graph, answer_of(graph))}
+    hidden = {block.name for block in hidden_blocks(graph, {answer_of(graph).block})}
     table = graph.table
     with graph.deferred():
         guesser.run(graph)

@@ -22,8 +22,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from graphrewrite.passes.rules._boundary import names_of
-from graphrewrite.passes.rules._local import refuse_blocks_before
-from graphrewrite.passes.rules._site import Site, Teacher, answer_of, answer_of_forward, hidden_blocks_of
+from graphrewrite.passes.rules._local import hidden_blocks, refuse_blocks_before
+from graphrewrite.passes.rules._site import Site, Teacher, answer_of, answer_of_forward
 from torch import fx
 
 from graphrewrite.errors import RuleError
@@ -154,7 +154,7 @@ class HeadRule(Rule):
                     f"{self.name}{{predict=sum}} sums answers of the first output, the loss reads another one",
                     remedy="return the answer first, or use predict='last'",
                 )
-        refuse_blocks_before(graph, hidden_blocks_of(graph, answer_of(graph)), self.name)
+        refuse_blocks_before(graph, hidden_blocks(graph, {answer_of(graph).block}), self.name)
 
     def _require_answers(self, head: Head) -> None:
         if not head.answers:
@@ -165,7 +165,7 @@ class HeadRule(Rule):
     def run(self, graph: JointGraph) -> PassResult:
         """Cut every boundary, and teach every hidden block."""
         answer, head = answer_of(graph), self.make_head()
-        hidden = hidden_blocks_of(graph, answer)
+        hidden = hidden_blocks(graph, {answer.block})
         targets = _targets(graph)
         if graph.context.loss is default_loss and value(answer.node).dim() > 1:
             graph.context.label_classes = fix(value(answer.node).shape[-1])
@@ -232,7 +232,7 @@ class HeadRule(Rule):
     def _placed(self, graph: JointGraph, head: Head) -> list[tuple[str, _Placed]]:
         """The heads in a forward graph, with the blocks they read."""
         answer = answer_of_forward(graph)
-        hidden = hidden_blocks_of(graph, answer)
+        hidden = hidden_blocks(graph, {answer.block})
         return [
             (block.name, self._place(graph, head, name, boundary, answer.node, hidden))
             for block in hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
@@ -11,6 +11,7 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.core import Block
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import LOSS_BLOCK, Target, UserInput, fix, hint, info, is_float, value
+from graphrewrite.rule import FINER_BLOCKS
 
 RMS_EPS = 1e-8
 
@@ -82,18 +83,18 @@ def final_blocks(graph: JointGraph) -> set[str]:
     return {info(n).block for n in graph.model_outputs} - {LOSS_BLOCK}
 
 
-def hidden_blocks(graph: JointGraph) -> list[Block]:
-    """The running rule's blocks that are no final ones.
+def hidden_blocks(graph: JointGraph, final: Collection[str] | None = None) -> list[Block]:
+    """The running rule's blocks but the final ones; default: those of `final_blocks`.
 
     Raises:
-        RuleError: There is none, or a block of another rule comes before one and would learn nothing.
+        RuleError: There is none.
     """
-    final = final_blocks(graph)
-    hidden = [b for b in graph.rule_blocks() if b.name not in final]
+    last = final_blocks(graph) if final is None else final
+    hidden = [b for b in graph.rule_blocks() if b.name not in last]
     if not hidden:
         raise RuleError(
             "a local rule needs at least one block before the one that computes the output",
-            remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
+            remedy=FINER_BLOCKS,
         )
     return hidden
 

@@ -33,7 +33,7 @@ from graphrewrite.graph.nodes import (
 )
 from graphrewrite.graph.ops import ACTIVATIONS, POOLS, is_pointwise, is_random
 from graphrewrite.pipeline import PassResult
-from graphrewrite.rule import Rule
+from graphrewrite.rule import FINER_BLOCKS, Rule
 
 aten = torch.ops.aten
 
@@ -83,7 +83,7 @@ class SecondPass(Rule):
         if not ends:
             raise RuleError(
                 f"{self.name} needs at least one block before the one that computes the output",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
+                remedy=FINER_BLOCKS,
             )
         refuse_blocks_before(graph, graph.rule_blocks(), self.name)
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from graphrewrite.errors import RuleError
-from graphrewrite.graph.core import Block, Context
+from graphrewrite.graph.core import Context
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import LOSS_BLOCK, fix, info, is_backward, value
 
@@ -54,21 +54,6 @@ def answer_of_forward(graph: JointGraph) -> Answer:
         raise RuleError("the model has no floating-point output, so heads have nothing to stand for")
     node = graph.model_outputs[0]
     return Answer(node, info(node).block)
-
-
-def hidden_blocks_of(graph: JointGraph, answer: Answer) -> list[Block]:
-    """The running rule's blocks but the one that computes the answer.
-
-    Raises:
-        RuleError: There is none.
-    """
-    hidden = [block for block in graph.rule_blocks() if block.name != answer.block]
-    if not hidden:
-        raise RuleError(
-            "a local rule needs at least one block before the one that computes the output",
-            remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
-        )
-    return hidden
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from graphrewrite.graph.nodes import (
 )
 from graphrewrite.graph.ops import ACTIVATIONS, MATMULS, call_operator
 from graphrewrite.pipeline import PassResult
-from graphrewrite.rule import Rule
+from graphrewrite.rule import FINER_BLOCKS, Rule
 
 FREE = NodeInfo(role=Role.SIGNAL, block=LOSS_BLOCK, stage="forward")
 
@@ -162,7 +162,7 @@ def _states(graph: JointGraph, fail: Callable[[str, fx.Node], None] | None = Non
     if not blocks:
         raise RuleError(
             "equilibrium_propagation needs a block before the one that computes the output",
-            remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
+            remedy=FINER_BLOCKS,
         )
     for block, boundaries in blocks.items():
         for boundary in boundaries:

@@ -16,7 +16,7 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import LOSS_BLOCK, NodeInfo, Role, info, is_backward, outputs_of, producer, value
 from graphrewrite.pipeline import PassResult
-from graphrewrite.rule import Rule
+from graphrewrite.rule import FINER_BLOCKS, Rule
 
 aten = torch.ops.aten
 Cotangents = dict[fx.Node, fx.Node]
@@ -67,7 +67,7 @@ class Highway(Rule):
         if len(graph.blocks) < 2:
             raise RuleError(
                 "highway needs at least two blocks: with one, nothing is left to redirect",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
+                remedy=FINER_BLOCKS,
             )
 
     def run(self, graph: JointGraph) -> PassResult:

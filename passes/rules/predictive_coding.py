@@ -16,7 +16,7 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import LOSS_BLOCK, LossTerm, NodeInfo, Role, value
 from graphrewrite.pipeline import PassResult
-from graphrewrite.rule import Rule
+from graphrewrite.rule import FINER_BLOCKS, Rule
 
 Tensors = Sequence[torch.Tensor]
 
@@ -95,7 +95,7 @@ class PredictiveCoding(Rule):
         if not settled_blocks(graph):
             raise RuleError(
                 "predictive_coding needs a block before the one that computes the output: there is nothing to settle",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
+                remedy=FINER_BLOCKS,
             )
 
     def run(self, graph: JointGraph) -> PassResult:

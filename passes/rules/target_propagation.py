@@ -19,7 +19,7 @@ from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import NodeInfo, Role, StateUpdate, ancestors, info, value
 from graphrewrite.pipeline import PassResult
-from graphrewrite.rule import Rule
+from graphrewrite.rule import FINER_BLOCKS, Rule
 
 Activation = Literal["linear", "tanh"]
 
@@ -91,7 +91,7 @@ class TargetPropagation(Rule):
         if not settled_blocks(graph):
             raise RuleError(
                 "target_propagation needs a block before the one that computes the output: there is no target to carry",
-                remedy="choose finer blocks: blocks='layers' or a list of module globs; frozen ones do not count",
+                remedy=FINER_BLOCKS,
             )
 
     def run(self, graph: JointGraph) -> PassResult:
