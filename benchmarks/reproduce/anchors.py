@@ -24,10 +24,10 @@ SCHEDULE = "the rate falls to zero over these 10 epochs; there, epoch 10 of 400 
 LENET = "python -m benchmarks.reproduce.feedback_mnist --data FOLDER --nets lenet --samples 10000"
 MLP = "python -m benchmarks.reproduce.feedback_mnist --data FOLDER --nets mlp"
 CCL = "Kao and Hariharan 2024 (counter-current learning, table 1), MNIST, MLP of 6 hidden layers of 256, 100 epochs"
-SIX = "12 epochs of Adam at a tuned rate here, plain ReLU layers with biases; SGD with clipping, ELU, no biases there"
+SIX = "10 epochs of Adam at a tuned rate here, layers with biases; SGD with clipping, no biases there"
 SIX_COMMAND = (
-    "python -m benchmarks.reproduce.local_mnist --data FOLDER --hidden 6 --epochs 12 --name local_mnist_6x256 "
-    "--rules bp counter_current fa dfa drtp target_propagation"
+    "python -m benchmarks.reproduce.local_mnist --data FOLDER --hidden 6 --activation elu --rates 3e-4 1e-3 3e-3 "
+    "--tune-epochs 2 --epochs 10 --rules bp counter_current fa dfa drtp target_propagation --name local_mnist_6x256"
 )
 MIXER = "Ren et al. 2023, table 3, MNIST, LocalMixer S/1/1 (272,000 weights)"
 DENDRITIC = "Lv et al. 2025 (dendritic localized learning, table 1), MNIST, MLP"

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--tune-epochs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=55_000, help="training images to use")
+    parser.add_argument("--activation", choices=["relu", "elu", "tanh"], default="relu")
     parser.add_argument("--batch-norm", action="store_true", help="a batch norm behind each hidden layer")
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--name", default="local_mnist", help="of the result file")
@@ -64,7 +65,8 @@ def main() -> None:
     sizes = [784, *[given.width] * given.hidden]
     norm = nn.BatchNorm1d if given.batch_norm else nn.Identity
     # one block each: with `layers`, a norm would be a block of its own
-    layers = [nn.Sequential(nn.Linear(a, b), norm(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
+    activation = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}[given.activation]
+    layers = [nn.Sequential(nn.Linear(a, b), norm(b), activation()) for a, b in itertools.pairwise(sizes)]
     model = nn.Sequential(*layers, nn.Linear(given.width, 10))
     screen = Dataset(take(data.train, torch.arange(min(10_000, given.samples))), held_out)
     rates = tuned(model, given.rules, screen, given.rates, Budget(given.tune_epochs, given.batch))
