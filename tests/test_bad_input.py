@@ -335,6 +335,52 @@ def test_loss_that_does_not_depend_on_the_model():
     assert not loss.requires_grad or all(p is None for p in torch.autograd.grad(loss, [], allow_unused=True))
 
 
+# --- rows that data choose -----------------------------------------------------------------------------------------
+
+
+class Sorted(nn.Module):
+    """Rows go through one layer or another by the sign of their first number."""
+
+    def __init__(self):
+        super().__init__()
+        self.above, self.below, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 8)
+        for layer, chosen in ((self.above, x[:, 0] > 0), (self.below, x[:, 0] <= 0)):
+            rows = chosen.nonzero()[:, 0]
+            h = h.index_copy(0, rows, layer(x[rows]))
+        return self.head(h.relu())
+
+
+class Chosen(Sorted):
+    """Some rows go through two layers, the others through none."""
+
+    def forward(self, x):
+        rows = (x[:, 0] > 0).nonzero()[:, 0]
+        h = self.below(nn.functional.pad(self.above(x[rows]).relu(), (0, -2)))
+        return self.head(x.new_zeros(len(x), 8).index_copy(0, rows, h))
+
+
+@pytest.mark.parametrize("rule", ["ff", "target_propagation", "dfa"])
+def test_blocks_of_other_rows_than_the_batch_are_refused(rule):
+    x, y = torch.randn(20, 6), torch.randint(0, 3, (20,))
+    with pytest.raises(gr.RuleError, match=r"rows|batch dimension") as error:
+        gr.compile(Chosen(), rule, example_inputs=x, example_targets=y)
+    assert error.value.node
+    assert error.value.remedy
+
+
+@pytest.mark.parametrize("rule", ["pepita", "predictive_coding"])
+def test_rows_chosen_anew_in_a_second_pass(rule):
+    """The example's number of rows in it hangs on the error of the first pass."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 6), torch.randint(0, 3, (20,))
+    compiled = gr.compile(Sorted(), rule, example_inputs=x, example_targets=y)
+    compiled.loss(x[:13], y[:13]).backward()
+    assert all(p.grad.isfinite().all() for p in compiled.parameters())
+
+
 # --- backward twice --------------------------------------------------------------------------------------------------
 
 

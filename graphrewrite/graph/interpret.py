@@ -91,14 +91,13 @@ def observe_sizes(graph: JointGraph, probe: Callable[[JointGraph], Sequence[Any]
         graph: ATen level.
         probe: Gives example values of the placeholders, in order.
     """
-    news = [node for node in graph.nodes if unobserved(node.meta.get("val"))]
-    if not news:
+    stack = [node for node in graph.nodes if unobserved(node.meta.get("val")) and not is_backward(node)]
+    if not stack:
         return
     needed: set[fx.Node] = set()
-    stack = list(news)
     while stack:
         node = stack.pop()
-        if node not in needed and not is_backward(node):
+        if node not in needed:
             needed.add(node)
             stack += node.all_input_nodes
     given = iter(probe(graph))

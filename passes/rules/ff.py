@@ -130,8 +130,8 @@ class ForwardForward(Rule):
         classes = class_count(graph, self.num_classes)
         if classes < 2:
             raise RuleError(f"ff tells classes apart, the model has {classes}", remedy="give num_classes")
-        refuse_other_batches([x], label_input(graph))
         hidden = hidden_blocks(graph)
+        refuse_other_batches([x, *(n for b in hidden for n in graph.boundaries(b.name))], label_input(graph))
         refuse_blocks_before(graph, hidden, self.name)
         refuse_silent_blocks(graph, [b.name for b in hidden])
         if self._hybrid:

@@ -25,6 +25,7 @@ from graphrewrite.passes.rules._local import (
     hidden_blocks,
     label_input,
     refuse_blocks_before,
+    refuse_other_batches,
 )
 from torch import fx
 from torch.nn import functional as F
@@ -102,6 +103,7 @@ class ForwardGNN(Rule):
         hidden = hidden_blocks(graph)
         refuse_blocks_before(graph, hidden, self.name)
         refuse_silent_blocks(graph, [b.name for b in hidden])
+        refuse_other_batches(_layers(graph), label_input(graph))
         widths = [fix(value(layer).shape[1]) for layer in _layers(graph)]
         if self.top_down == "loss" and all(width not in widths[i + 1 :] for i, width in enumerate(widths)):
             raise RuleError(

@@ -17,7 +17,7 @@ from torch import fx
 from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import NodeInfo, Role, StateUpdate, ancestors, info, value
+from graphrewrite.graph.nodes import NodeInfo, Role, StateUpdate, ancestors, hint, info, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import FINER_BLOCKS, Rule
 
@@ -160,6 +160,15 @@ class TargetPropagation(Rule):
         return torch.tanh(made) if self.activation == "tanh" else made
 
     def _learn(self, graph: JointGraph, link: _Link) -> fx.Node:
+        rows = [value(node).shape[0] for node in (link.source, link.output)]
+        if str(rows[0]) != str(rows[1]):
+            raise RuleError(
+                f"target_propagation inverts block {link.block} row by row, and it makes {hint(rows[1])} rows of "
+                f"{hint(rows[0])}, numbers that need not be the same",
+                node=link.source.name,
+                module=info(link.source).module,
+                remedy="keep the batch dimension first, or choose blocks (blocks=) that do",
+            )
         wide, narrow = sample_width(link.output), sample_width(link.source)
         name = self.state_name(f"inverse.{link.name}")
         weight = graph.add_state(name, (wide, narrow), fill_feedback("uniform", self.scale / math.sqrt(wide)))
