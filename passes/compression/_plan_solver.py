@@ -178,7 +178,8 @@ def solve(problem: Problem, time_limit: float) -> list[int] | None:
         for k in (index[s] for s in c.ancestors if mine is not None and s in index):
             for j, choice in enumerate(candidates[k].choices):
                 whole = getattr(choice.codec, "name", "") == "mask"
-                if mine is not None and (whole or (choice.lossy and c.saved.needed_exactly)):
+                exactly = c.saved.needed_exactly and not c.saved.is_statistic
+                if mine is not None and (whole or (choice.lossy and exactly)):
                     constrain({mine: 1.0, first[k] + j: 1.0}, -np.inf, 1)
     for i, k in problem.apart:
         both = (again[i], again[k])

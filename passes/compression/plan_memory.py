@@ -63,9 +63,9 @@ class PlanMemory(Pass):
     An integer program minimises (gradient error / 1 %)^2 + time / 1 %, summed over values, with the sum of the errors
     below `error` if any plan that fits the budget is. The error that each codec brings is measured: the backward runs
     again with the one value changed, on the example batch. Where a value is recomputed from an encoded one, over others
-    or not, it is computed again from the decoded numbers, and its change weighs as much as one of its own codec. The
-    plan is measured as a whole, and made again with less error if it is above the limit. Time is predicted from
-    operations and bytes.
+    or not, it is computed again from the decoded numbers, and its change weighs as much as one of its own codec;
+    statistics, which no codec takes, may change with what they summarise. The plan is measured as a whole, and made
+    again with less error if it is above the limit. Time is predicted from operations and bytes.
 
     Args:
         budget: A fraction of backpropagation's saved bytes, or an integer: bytes at the example's sizes.
@@ -82,6 +82,8 @@ class PlanMemory(Pass):
     name = "plan_memory"
     level = "aten"
     summary = "choose per saved value among keep, mask, codec, recompute and offload, under a budget"
+    each_block = True
+    """Whether what several blocks recompute runs for each of them: a lower peak, but more operations."""
 
     @property
     def relative(self) -> bool:
@@ -126,7 +128,7 @@ class PlanMemory(Pass):
             elif choice.codec is not None:
                 encoded.append((candidate, choice))
         if again:
-            graph.recompute(set(again), each_block=True)
+            graph.recompute(set(again), each_block=self.each_block)
         by_node = {v.node: v for v in saved_values(graph)} if again else {v.node: v for v in values}
         for candidate, choice in encoded:
             # recomputation may have added readers
@@ -333,7 +335,8 @@ def _recomputed_from(
     """
     found: dict[int, tuple[int, ...]] = {k: ()}
     for i, c in enumerate(candidates):
-        if i == k or c.recompute is None or (changed and c.saved.needed_exactly):
+        exactly = changed and c.saved.needed_exactly and not c.saved.is_statistic
+        if i == k or c.recompute is None or exactly:
             continue
         sources = [index[s] for s in c.frontier if index.get(s) in found]
         if sources:
