@@ -296,7 +296,8 @@ def rivals(case: Case) -> Iterator[dict[str, Any]]:
 def matched(case: Case, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Plans that may save and err as much as `torch.compile` with a budget and int8 hooks does in the given rows."""
     for row in rows:
-        if row.get("stack") == case.name and "int8 hooks" in row["setting"] and "budget 1.0" not in row["setting"]:
+        named = row.get("stack") == case.name and row.get("rival") and "int8 hooks" in row["setting"]
+        if named and "budget 1.0" not in row["setting"]:
             plan = PlanMemory(int(row["saved_d"] * case.unit), error=min(0.01, row["error"]))
             yield f"the bytes of {row['setting']}", {"passes": [plan]}
 

@@ -658,21 +658,29 @@ def peaks(name, budgets):
         yield predicted_peak(compiled), peak_bytes(lambda c=compiled: c.loss(x, y).backward(), known)
 
 
-PEAKED = ("mlp", "cnn", "resnet", "unet", "gpt", "lstm")
+DOWN_TO = {
+    "mlp": 0.07,
+    "cnn": 0.1,
+    "lenet": 0.07,
+    "resnet": 0.07,
+    "unet": 0.15,
+    "vit": 0.07,
+    "llama": 0.1,
+    "gpt": 0.1,
+    "lstm": 0.15,
+}
+"""Below, plans that err at most 1 % recompute so much at once that the peak rises again; other models: below 0.25."""
 
 
 @pytest.mark.parametrize(
-    ("name", "budgets"),
-    [
-        ("mlp", (0.6, 0.15)),
-        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25, 0.15), marks=SLOW) for name in PEAKED],
-        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25), marks=SLOW) for name in ("vit", "gcn")],
-    ],
+    ("name", "least"),
+    [("mlp", 0.15), *[pytest.param(name, DOWN_TO.get(name, 0.25), marks=SLOW) for name in zoo.names()]],
 )
-def test_peak_is_predicted_and_falls_with_the_budget(name, budgets):
+def test_peak_is_predicted_and_falls_with_the_budget(name, least):
     """Chains of recomputed values through several blocks would raise it again."""
     last = None
-    for predicted, measured_bytes in peaks(name, budgets):
+    budgets = (0.6, 0.15) if name == "mlp" and least == 0.15 else (1.0, 0.6, 0.4, 0.25, 0.15, 0.1, 0.07)
+    for predicted, measured_bytes in peaks(name, [one for one in budgets if one >= least]):
         assert abs(predicted / measured_bytes - 1) < 0.01
         assert last is None or measured_bytes <= 1.03 * last
         last = measured_bytes

@@ -52,7 +52,7 @@ DEPTH = 8
 HELD = 1000.0
 """What it weighs to recompute all saved bytes for other blocks than that of their readers; more than time, less than a
 ruined gradient."""
-INSIDE = 10.0
+INSIDE = 3.0
 """What it weighs to bring them back before their readers, within a block."""
 
 
