@@ -537,6 +537,12 @@ def test_errors_are_followed_through_recomputations():
     assert taken & {"bf16", "int8", "int4", "int2"}, taken
     assert 0 < error(found, exact) < 0.01
 
+    # so little that statistics are recomputed as well, from what is stored with a codec
+    found, report = gradient(memory_budget=0.03)
+    assert {line.codec for line in report.plan if line.before == 4 * len(x)} == {"recompute"}
+    assert {line.codec for line in report.plan if line.operator == "add"} == {"int8"}
+    assert 0 < error(found, exact) < 0.01
+
 
 def test_attention_without_dropout_draws_nothing():
     for rate, random in ((0.0, False), (0.5, True)):
