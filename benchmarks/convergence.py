@@ -242,15 +242,20 @@ def runs(
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds."""
+    """Means over seeds, of runs of one length."""
     found = []
-    for task, label in dict.fromkeys((row["task"], row["arm"]) for row in rows):
-        mine = [row for row in rows if (row["task"], row["arm"]) == (task, label)]
+
+    def of(task: str, steps: int, label: str) -> list[dict[str, Any]]:
+        return [row for row in rows if (row["task"], row["steps"], row["arm"]) == (task, steps, label)]
+
+    for task, steps, label in dict.fromkeys((row["task"], row["steps"], row["arm"]) for row in rows):
+        mine = of(task, steps, label)
         mean = {k: sum(row[k] for row in mine) / len(mine) for k in ("train", "valid", "times_fewer")}
-        exact = [row for row in rows if (row["task"], row["arm"]) == (task, "exact")][: len(mine)]
+        seeds = {row["seed"] for row in mine}
+        exact = [row for row in of(task, steps, "exact") if row["seed"] in seeds]
         for which in ("train", "valid"):
             mean[f"{which}_off"] = mean[which] / (sum(row[which] for row in exact) / len(exact)) - 1
-        found.append({"task": task, "arm": label, "mean_of_seeds": len(mine), **mean})
+        found.append({"task": task, "steps": steps, "arm": label, "mean_of_seeds": len(mine), **mean})
     return found
 
 
@@ -267,7 +272,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = [row for row in read(given.name) if "seed" in row] if given.add else []
     for row in runs(given.tasks, given.arms, given.seeds, given.data, given.scale):
-        same = ("task", "seed", "arm")
+        same = ("task", "seed", "arm", "steps")
         rows = [old for old in rows if any(old[k] != row[k] for k in same)] + [row]
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         write(given.name, [*summary(rows), *rows])
