@@ -152,28 +152,28 @@ class PlanMemory(Pass):
         kept = sum(c.saved.nbytes for c in candidates)
         errors = _Errors(graph, candidates) if kept > budget and any(c.lossy for c in candidates) else None
         index = {c.saved.node: i for i, c in enumerate(candidates)}
-        read_in = [info(min(r.reader for r in c.saved.readings)).block for c in candidates]
+        first = [min(r.reader for r in c.saved.readings) for c in candidates]
+        turn = {reader: i for i, reader in enumerate(sorted(set(first)))}
+        read_in = [info(reader).block for reader in first]
         apart = frozenset(
             (i, index[source])
             for i, c in enumerate(candidates)
             for source in c.frontier
             if source in index and read_in[index[source]] != read_in[i] != LOSS_BLOCK
         )
-        pairs = errors.pairs if errors else []
         held = [
             Pair(i, k, (), {again: HELD * candidates[k].saved.nbytes / kept}, lossy=False)
             for i, k in apart
             if candidates[i].recompute is not None and (again := candidates[k].recompute) is not None
         ]
-        first = [min(r.reader for r in c.saved.readings) for c in candidates]
         inside = [
             Pair(i, k, over, {again: INSIDE * candidates[k].saved.nbytes / kept}, lossy=False)
             for k, c in enumerate(candidates)
             if (again := c.recompute) is not None
             for i, over in _recomputed_from(candidates, index, k).items()
-            if read_in[i] == read_in[k] and any(first[i] < one < first[k] for one in first)
+            if read_in[i] == read_in[k] and turn[first[i]] + 1 < turn[first[k]]
         ]
-        pairs += inside
+        pairs = [*(errors.pairs if errors else ()), *inside]
         problems = Problem(candidates, budget, pairs, apart), Problem(candidates, budget, [*pairs, *held])
         if errors is None:
             return solve(problems[0], self.time_limit) or self._choose(problems[1])
