@@ -665,7 +665,14 @@ def peaks(name, budgets):
 
 
 DOWN_TO = {
-    **{"mlp": 0.07, "lenet": 0.07, "resnet": 0.07, "vit": 0.07, "cnn": 0.1, "gpt": 0.1, "unet": 0.15, "lstm": 0.15},
+    "mlp": 0.07,
+    "lenet": 0.07,
+    "resnet": 0.07,
+    "vit": 0.07,
+    "cnn": 0.1,
+    "gpt": 0.1,
+    "unet": 0.15,
+    "lstm": 0.15,
     **dict.fromkeys(("llama", "gru", "moe", "bert", "gcn", "hf_resnet"), 0.25),
     "sage": 0.4,
 }
