@@ -80,7 +80,9 @@ def test_trains_like_eager_in_full(name, through):
         assert_same_outputs(compiled, copy.deepcopy(case.model), steps[1][0], case.exact)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "vit"))])
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", "gpt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "vit"))]
+)
 def test_trains_like_eager_under_bf16_autocast(name):
     case = zoo.make(name)
     reference = copy.deepcopy(case.model)
