@@ -51,8 +51,8 @@ def _processor() -> str:
 
 def write(name: str, rows: Any) -> pathlib.Path:
     """Write `results/<name>.json`."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "rows": _finite(rows)}, indent=1) + "\n")
     return path
 

@@ -1,15 +1,18 @@
 """Two real processes that compute: a step's time over the ideal, for the engine's schedules on both kinds of stages.
 
-    python -m benchmarks.pipeline [--micro-batches 8]
+    python -m benchmarks.pipeline [--micro-batches 8] [--tokens 512]
 
-Eight GPT blocks, one thread per process. The ideal is half of the time that one process takes for the same batch,
-micro-batch by micro-batch, in the same run. `stock` stages are the eager modules with torch's own split; ours are
-compiled with `split_backward=True`, also lowered by Inductor, which the stock schedules with a W refuse, and also under
-schedules made for the F, I and W that were measured: with two stages per process, folded back, and with one. Rounds are
-interleaved over schedules; medians. The processor time of both processes over that of the one tells the work that a
-schedule adds from the time that it waits. glibc keeps freed memory in all of them, so that no schedule pays for pages.
+Eight GPT blocks, one thread per process, each process on a core of its own where the system lets one say so: the
+kernel else puts two processes that talk to each other on one core now and then. The ideal is half of the time that one
+process takes for the same batch, micro-batch by micro-batch, in the same run; `both at once`, when each process does
+that, tells how far two processes that have nothing to do with each other slow each other down, and its half is the
+other ideal. `stock` stages are the eager modules with torch's own split; ours are compiled with `split_backward=True`,
+also lowered by Inductor, which the stock schedules with a W refuse, and also under schedules made for the F, I and W
+that were measured: with two stages per process, folded back, and with one. Rounds are interleaved over schedules;
+medians. The processor time of both processes over that of the one tells the work that a schedule adds from the time
+that it waits. glibc keeps freed memory in all of them, so that no schedule pays for pages.
 
-Writes `results/pipeline_<micro-batches>.json`.
+Writes `results/pipeline_<micro-batches>_<tokens of a micro-batch>.json`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ import graphrewrite as gr
 from benchmarks.common import keep_memory, write
 from benchmarks.overhead import Layer
 
-WIDTH, HEADS, LAYERS, TOKENS = 256, 4, 8, 64
+WIDTH, HEADS, LAYERS, SEQUENCES = 256, 4, 8, 2
 STOCK = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")
 HELD = 3
 """Micro-batches that a process may hold under a schedule that is made; ZBVZeroBubble holds two."""
@@ -121,23 +124,31 @@ def ours(schedule: str, backend: str, micro_batches: int, micro_batch: torch.Ten
 def work(rank: int, port: int, given: argparse.Namespace, results: Any) -> None:
     torch.set_num_threads(1)
     keep_memory()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=200))
     count = given.micro_batches
-    x, y = torch.randn(2 * count, TOKENS, WIDTH), torch.randn(2 * count, TOKENS, WIDTH)
-    micro_batch = x[:2]
-    outline = torch.empty(2, TOKENS, WIDTH, device="meta")
+    x, y = torch.randn(2, SEQUENCES * count, given.tokens // SEQUENCES, WIDTH)
+    micro_batch = x[:SEQUENCES]
+    outline = micro_batch.to("meta")
     whole = copy.deepcopy(model())
 
-    def alone(x: torch.Tensor, y: torch.Tensor) -> None:
-        if rank:
-            return
+    def whole_batch(x: torch.Tensor, y: torch.Tensor) -> None:
         for p in whole.parameters():
             p.grad = None
-        for part, target in zip(x.split(2), y.split(2), strict=True):
+        for part, target in zip(x.split(SEQUENCES), y.split(SEQUENCES), strict=True):
             (mean_square(whole(part), target) / count).backward()
 
-    steps: dict[str, Callable[[Any, Any], Any]] = {"one process": alone, "one process again": alone}
+    def alone(x: torch.Tensor, y: torch.Tensor) -> None:
+        if rank == 0:
+            whole_batch(x, y)
+
+    steps: dict[str, Callable[[Any, Any], Any]] = {
+        "one process": alone,
+        "one process again": alone,
+        "both at once": whole_batch,
+    }
     steps |= {f"stock {name}": stock(name, count, outline) for name in STOCK}
     for name, backend in OURS:
         steps[f"ours {name}, {backend}"] = ours(name, backend, count, micro_batch)
@@ -169,6 +180,7 @@ def median(found: dict[str, list[list[float]]], name: str, column: int) -> float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch of two sequences")
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
     with socket.socket() as probe:
@@ -177,15 +189,19 @@ def main() -> None:
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(work, (port, given, results), nprocs=2)
     both = results.get()
-    alone = [median(both[0], "one process", column) for column in range(2)]
+    pooled = {"alone": both[0]["one process"] + both[0]["one process again"]}
+    alone = [median(pooled, "alone", column) for column in range(2)]
+    apart = median(both[0], "both at once", 0)
     rows = [
         {
             "schedule": name,
             "micro_batches": given.micro_batches,
+            "tokens_of_a_micro_batch": given.tokens,
             "step_ms": round(median(both[0], name, 0) * 1e3, 2),
             "low_ms": round(min(one[0] for one in found) * 1e3, 2),
             "high_ms": round(max(one[0] for one in found) * 1e3, 2),
             "over_ideal": round(2 * median(both[0], name, 0) / alone[0], 4),
+            "over_half_of_both_at_once": round(2 * median(both[0], name, 0) / apart, 4),
             "processor_time_over_one_process": round(sum(median(own, name, 1) for own in both) / alone[1], 4),
             "page_faults": [round(median(own, name, 2)) for own in both],
         }
@@ -193,7 +209,7 @@ def main() -> None:
     ]
     for row in rows:
         print(*(f"{k} {v}" for k, v in row.items()), sep="   ")
-    print("written to", write(f"pipeline_{given.micro_batches}", rows))
+    print("written to", write(f"pipeline_{given.micro_batches}_{given.tokens}", rows))
 
 
 if __name__ == "__main__":

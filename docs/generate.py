@@ -185,7 +185,12 @@ def results_page() -> str:
     if rest:
         parts += ["", "| | ours | published |", "|---|---|---|"]
         parts += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rest]
-    parts += ["", "How to make them again:", ""]
+    parts += [
+        "",
+        "How to make them again. All take `--quick` for a short trial, whose figures mean nothing and are kept apart.",
+        "A run that was interrupted goes on where it was when it is called again, some only with `--resume`.",
+        "",
+    ]
     parts += [f"- `benchmarks/results/{file}.json`: `{command}`" for file, command in commands.items()]
     if waiting:
         parts += ["", "Not run yet, for want of time or of a GPU:", ""]

@@ -12,10 +12,12 @@ as well.
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,6 +177,7 @@ def train(
     *,
     on_step: Callable[[], None] | None = None,
     on_point: Callable[[], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> None:
     """Train all learners on the same batches, interleaved, and measure them on the way.
 
@@ -184,6 +187,11 @@ def train(
         budget: As given to `side_by_side`.
         on_step: Called after every step of all learners: for progress bars.
         on_point: Called after every measurement of all learners.
+        checkpoint: File that holds the course after every epoch, until the last one is over. If it is there at the
+            start, the course goes on from it, bit for bit; `on_step` and `on_point` are not called for what it holds.
+
+    Raises:
+        GraphRewriteError: The file is of other rules, another budget or another number of samples.
     """
     count = sample_count(data.train)
     probe = take(data.train, torch.arange(min(count, 256))) if count else data.train
@@ -198,8 +206,10 @@ def train(
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(one.optimizer, factor) for one in learners]
     generator = torch.Generator().manual_seed(budget.seed)
-    turn = 0
-    for epoch in range(1, budget.epochs + 1):
+    course = _Course(checkpoint, learners, schedules, generator, f"{budget}, {count} samples")
+    over = course.resume()
+    turn = over * (total // budget.epochs)
+    for epoch in range(over + 1, budget.epochs + 1):
         for batch in _batches(data.train, count, budget.batch, generator):
             turn += 1
             for i in range(len(learners)):
@@ -215,6 +225,73 @@ def train(
                 on_point()
         for one in learners:
             one.loss_sum = 0.0
+        course.save(epoch)
+    course.end()
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What a training that was interrupted needs to go on as if it had not been."""
+
+    path: Path | None
+    learners: Sequence[Learner]
+    schedules: Sequence[torch.optim.lr_scheduler.LambdaLR]
+    generator: torch.Generator
+    setting: str
+
+    def save(self, epoch: int) -> None:
+        if self.path is None:
+            return
+        held = {
+            "setting": self.setting,
+            "rules": [one.rule for one in self.learners],
+            "epoch": epoch,
+            "order": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "devices": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "learners": [
+                {
+                    "state": one.compiled.state_dict(),
+                    "optimizer": one.optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "seconds": one.seconds,
+                    "points": [asdict(point) for point in one.points],
+                }
+                for one, schedule in zip(self.learners, self.schedules, strict=True)
+            ],
+        }
+        # an interruption while it is written leaves the former one
+        beside = self.path.with_name(self.path.name + ".part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(held, beside)
+        os.replace(beside, self.path)
+
+    def resume(self) -> int:
+        """How many epochs are over."""
+        if self.path is None or not self.path.is_file():
+            return 0
+        held = torch.load(self.path, weights_only=True)
+        if (held["setting"], held["rules"]) != (self.setting, [one.rule for one in self.learners]):
+            raise GraphRewriteError(
+                f"{self.path} holds a training of {', '.join(held['rules'])} with {held['setting']}, not of "
+                f"{', '.join(one.rule for one in self.learners)} with {self.setting}",
+                remedy="ask for the same, or remove the file",
+            )
+        for one, schedule, own in zip(self.learners, self.schedules, held["learners"], strict=True):
+            one.compiled.load_state_dict(own["state"])
+            one.optimizer.load_state_dict(own["optimizer"])
+            schedule.load_state_dict(own["schedule"])
+            one.seconds[:] = own["seconds"]
+            one.points[:] = [Point(**point) for point in own["points"]]
+        self.generator.set_state(held["order"])
+        torch.set_rng_state(held["random"])
+        if held["devices"]:
+            torch.cuda.set_rng_state_all(held["devices"])
+        return int(held["epoch"])
+
+    def end(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def steps_of(split: Split, budget: Budget) -> int:

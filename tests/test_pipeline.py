@@ -24,8 +24,9 @@ from graphrewrite.backends.distributed import (
     optimise,
     simulate,
 )
-from graphrewrite.backends.distributed.optimise import lower_bound
+from graphrewrite.backends.distributed.optimise import greedy, lower_bound
 from graphrewrite.backends.distributed.pipeline import stages_of_rank
+from graphrewrite.backends.distributed.repeated import orders
 from graphrewrite.backends.distributed.search import beam
 from graphrewrite.backends.distributed.simulate import Action, StageCost
 from graphrewrite.backends.distributed.solve import solve
@@ -468,6 +469,26 @@ def test_a_schedule_for_measured_costs_reaches_the_bound(backward, weight):
     capped = optimise(costs, place, micro_batches, cap=2 * ranks)
     assert max(capped.timeline.peak) <= 2 * ranks
     assert capped.timeline.makespan <= fixed.makespan + 1e-9
+
+
+@pytest.mark.parametrize(("backward", "weight"), [(1.3, 0.7), (1, 1), (0.8, 1.2)])
+def test_half_the_memory_of_1f1b_as_fast_as_v_half(backward, weight):
+    """Qi et al. 2024: V-Half holds (p + 2) // 2 micro-batches, and waits about p / 2 of the time of one."""
+    ranks, micro_batches = 4, 8
+    place, costs = [*range(ranks), *reversed(range(ranks))], [StageCost(1, backward, weight)] * 2 * ranks
+    half = 2 * ((ranks + 2) // 2)  # a stage saves 1 unit of 2
+    rivals = []
+    for order in orders(place, micro_batches, [3]):
+        made = greedy(costs, place, micro_batches, given=order)
+        assert [[a for a in own if a.kind != "W"] for own in made] == order
+        rivals.append(simulate(made, costs))
+    assert min(max(one.peak) for one in rivals) <= half
+    best = min(one.makespan for one in rivals)
+    if backward == weight:
+        assert best <= 6 * (micro_batches + ranks / 2)
+    made = optimise(costs, place, micro_batches, cap=half)
+    assert max(made.timeline.peak) <= half
+    assert made.timeline.makespan <= best
 
 
 def test_a_made_schedule_runs_every_action_once():

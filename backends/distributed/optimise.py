@@ -2,7 +2,8 @@
 
 A greedy scheduler runs the pipeline in simulated time. A process that is free takes what is ready, in an order of
 preference, and never holds more than its cap. Several preferences and warm-ups are tried; the shortest schedule wins.
-Where it does not reach the lower bound, a beam search goes on, and for small pipelines, on request, an integer program.
+Where it does not reach the lower bound, orders that repeat a block are tried, which hold little, a beam search goes on,
+and for small pipelines, on request, an integer program.
 `Pipeline` hands the schedule to the engine's own runtime.
 """
 
@@ -11,9 +12,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from graphrewrite.backends.distributed.repeated import orders
 from graphrewrite.backends.distributed.search import beam
 from graphrewrite.backends.distributed.simulate import Action, Kind, StageCost, Timeline, simulate
 from graphrewrite.backends.distributed.solve import solve
@@ -126,20 +128,29 @@ def optimise(
     need = max(sum(costs[s].saved for s in range(len(costs)) if place[s] == r) for r in range(ranks))
     if cap is not None and cap < need:
         raise RuleError(f"one micro-batch takes {need:g} bytes in one process, the cap is {cap:g}")
-    best: tuple[float, float, list[list[Action]]] | None = None
-    for order, eager, deep in itertools.product(("IFW", "FIW", "IWF"), (True, False), (True, False)):
-        for slack in range(0, 2 * ranks + 1, max(1, ranks // 2)):
-            limits = [cap if cap is not None else need * (ranks + slack) for _ in range(ranks)]
-            actions = _greedy(costs, place, micro_batches, communication, limits, order, eager, deep)
-            if actions is None:
-                continue
-            timeline = simulate(actions, costs, communication=communication)
-            if cap is not None and max(timeline.peak) > cap:
-                continue
-            key = (round(timeline.makespan, 9), max(timeline.peak))
-            if best is None or key < best[:2]:
-                best = (timeline.makespan, key[1], actions)
     bound = lower_bound(costs, place, micro_batches, communication, cap)
+    best: tuple[float, float, list[list[Action]]] | None = None
+
+    def runs() -> Iterator[list[list[Action]] | None]:
+        for order, eager, deep in itertools.product(("IFW", "FIW", "IWF"), (True, False), (True, False)):
+            for slack in range(0, 2 * ranks + 1, max(1, ranks // 2)):
+                limits = [cap if cap is not None else need * (ranks + slack) for _ in range(ranks)]
+                yield greedy(costs, place, micro_batches, communication, limits, order, eager=eager, deep=deep)
+        if best is not None and best[0] <= bound + _CLOSE:
+            return
+        limits = None if cap is None else [cap] * ranks
+        for given, deep in itertools.product(orders(place, micro_batches), (True, False)):
+            yield greedy(costs, place, micro_batches, communication, limits, deep=deep, given=given)
+
+    for actions in runs():
+        if actions is None:
+            continue
+        timeline = simulate(actions, costs, communication=communication)
+        if cap is not None and max(timeline.peak) > cap:
+            continue
+        key = (round(timeline.makespan, 9), max(timeline.peak))
+        if best is None or key < best[:2]:
+            best = (timeline.makespan, key[1], actions)
     known = best[0] if best else math.inf
     limit = math.inf if cap is None else cap
     if width and known > bound + _CLOSE:
@@ -158,22 +169,26 @@ def optimise(
     return Optimised(best[2], simulate(best[2], costs, communication=communication), bound)
 
 
-def _greedy(
+def greedy(
     costs: Sequence[StageCost],
     place: Sequence[int],
     micro_batches: int,
-    communication: float,
-    limits: Sequence[float],
-    order: str,
-    eager: bool,
-    deep: bool,
+    communication: float = 0.0,
+    limits: Sequence[float] | None = None,
+    order: str = "IFW",
+    *,
+    eager: bool = False,
+    deep: bool = False,
+    given: Sequence[Sequence[Action]] | None = None,
 ) -> list[list[Action]] | None:
     """One run: whenever a process is free, the best of what is ready; None if it stops.
 
-    `limits` are the bytes that each process may hold, `order` the kinds by preference. `eager`: of forwards, those of
-    later stages go first. `deep`: weight gradients wait if something else could start before they are half over.
+    `limits` are the bytes that each process may hold (None: any), `order` the kinds by preference. `eager`: of
+    forwards, those of later stages go first. `deep`: weight gradients wait if something else could start before they
+    are half over. `given`: the order that all but weight gradients keep.
     """
     last, ranks = len(costs) - 1, max(place) + 1
+    room = limits or [math.inf] * ranks
     waiting: list[dict[Action, float]] = [{} for _ in range(ranks)]
     waiting[place[0]] = {Action("F", 0, mb): 0.0 for mb in range(micro_batches)}
     live = [0.0] * ranks
@@ -190,20 +205,24 @@ def _greedy(
     def fits(action: Action) -> bool:
         if action.kind != "F":
             held = costs[action.stage].held - costs[action.stage].saved if action.kind == "I" else 0.0
-            return live[place[action.stage]] + held <= limits[place[action.stage]]
+            return live[place[action.stage]] + held <= room[place[action.stage]]
         rank = place[action.stage]
         # the way back of what is on its way must stay free: first stages leave room for their later ones
         later = sum(costs[s].saved for s in range(action.stage + 1, last + 1) if place[s] == rank)
-        room = live[rank] + costs[action.stage].saved + later
-        return room <= limits[rank] or (action.stage > 0 and live[rank] + costs[action.stage].saved <= limits[rank])
+        then = live[rank] + costs[action.stage].saved
+        return then + later <= room[rank] or (action.stage > 0 and then <= room[rank])
 
-    idle = 0
+    def next_in_turn(action: Action) -> bool:
+        rank = place[action.stage]
+        return given is None or action.kind == "W" or action == given[rank][turn[rank]]
+
+    idle, turn = 0, [0] * ranks
     while sum(map(len, made)) < total and events:
         now, rank = heapq.heappop(events)
         if now < clock[rank]:
             continue
         ready = waiting[rank]
-        own = [a for a in ready if fits(a)]
+        own = [a for a in ready if next_in_turn(a) and fits(a)]
         there = [a for a in own if ready[a] <= now]
         chosen = min(there, key=lambda a: (*rank_of(a), a.stage), default=None)
         if chosen is not None and chosen.kind == "W" and deep:
@@ -224,6 +243,7 @@ def _greedy(
         stage, mb, kind = chosen.stage, chosen.micro_batch, chosen.kind
         end = clock[rank] = now + costs[stage].time(kind)
         made[rank].append(chosen)
+        turn[rank] += kind != "W"
         following: list[tuple[Kind, int]] = []
         if kind == "F":
             live[rank] += costs[stage].saved

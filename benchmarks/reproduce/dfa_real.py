@@ -13,12 +13,12 @@ Writes `results/dfa_cora.json` and `results/dfa_shakespeare.json`, anew after ea
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import nn
 from torch.nn import functional as F
 from torch_geometric.nn import GCNConv
@@ -26,6 +26,7 @@ from torch_geometric.nn import GCNConv
 import graphrewrite as gr
 from benchmarks.common import write
 from benchmarks.overhead import Layer
+from benchmarks.reproduce.course import arguments, before, having, named, shorten
 from graphrewrite.datasets import Graph, planetoid, tinyshakespeare
 
 ARMS = ("bp", "dfa", "top")
@@ -153,28 +154,34 @@ def shakespeare_arm(folder: str | None, arm: str, seed: int, steps: int, rate: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=None)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--only", choices=("cora", "shakespeare"), default=None)
     given = parser.parse_args()
+    shorten(given, seeds=1, epochs=5, steps=3, rates=given.rates[:1])
     torch.set_num_threads(1)
     if given.only != "shakespeare":
         graph = planetoid(given.data, "cora")
         rows = []
-        for seed, arm in itertools.product(range(given.seeds), ARMS):
-            rows.append(timed(cora_arm, graph, arm, seed, given.epochs))
-            write("dfa_cora", rows)
+        name = named("dfa_cora", given)
+        held = before(name, given)
+        for seed, arm in track(list(itertools.product(range(given.seeds), ARMS)), "Cora"):
+            row = having(held, arm=arm, seed=seed, epochs=given.epochs)
+            rows.append(row or timed(cora_arm, graph, arm, seed, given.epochs))
+            write(name, rows)
     if given.only != "cora":
         rows = []
-        for rate, arm in itertools.product(given.rates, ARMS):
-            rows.append(timed(shakespeare_arm, given.data, arm, 0, given.steps, rate))
+        name = named("dfa_shakespeare", given)
+        held = before(name, given)
+        for rate, arm in track(list(itertools.product(given.rates, ARMS)), "Shakespeare"):
+            row = having(held, arm=arm, rate=rate, steps=given.steps)
+            rows.append(row or timed(shakespeare_arm, given.data, arm, 0, given.steps, rate))
             best = {a: min(r["validation_loss"] for r in rows if r["arm"] == a) for a in ARMS[: len(rows)]}
             rows = [{**r, "best": r["validation_loss"] == best[r["arm"]]} for r in rows]
-            write("dfa_shakespeare", rows)
+            write(name, rows)
 
 
 def timed(run: Any, *args: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ error, and each hidden layer's angle between the rule's gradient and backpropaga
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -27,8 +26,9 @@ import torch
 from torch import nn
 
 from benchmarks.common import write
+from benchmarks.reproduce.course import arguments, named, shorten, trained
 from graphrewrite.datasets import Dataset, Split, mnist
-from graphrewrite.training import Budget, Learner, side_by_side, train
+from graphrewrite.training import Budget, Learner, side_by_side
 
 MNIST = 60_000
 
@@ -116,8 +116,7 @@ def row(net: str, one: Learner, reference: Learner) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="folder of data sets; default: the environment variable GRAPHREWRITE_DATA")
+    parser = arguments(__doc__)
     parser.add_argument("--small", action="store_true", help="6,000 training and 2,000 test images")
     parser.add_argument("--samples", type=int, default=MNIST, help="training images")
     parser.add_argument("--epochs", type=int, default=10)
@@ -126,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
+    shorten(given, small=False, samples=640, epochs=1)
     torch.set_num_threads(given.threads)
     data = mnist(given.data)
     mean, std = data.train.x.mean(), data.train.x.std()
@@ -142,14 +142,16 @@ def main() -> None:
         suffix = "_small" if given.small else f"_{count}" if count < MNIST else ""
         suffix += "".join(f"_{rule}" for rule in given.rules if rule != "bp")
 
-        def report(net: str = net, learners: list[Learner] = learners, suffix: str = suffix) -> None:
+        name = named(f"feedback_mnist_{net}{suffix}", given)
+
+        def report(net: str = net, learners: list[Learner] = learners, name: str = name) -> None:
             rows = [row(net, one, learners[0]) for one in learners]
             for one in rows:
                 last, angle = one["test_error"][-1], one["mean_angle_last"]
                 print(f"{net:6} {one['rule']:48} error {last:6.2f} %  angle {angle:5.1f}")
-            print(write(f"feedback_mnist_{net}{suffix}", rows), flush=True)
+            print(write(name, rows), flush=True)
 
-        train(learners, used, budget, on_point=report)
+        trained(name, learners, used, budget, report)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,18 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import nn
 from torch.nn import functional as F
 
 import graphrewrite as gr
-from benchmarks.common import RESULTS, write
+from benchmarks.common import write
+from benchmarks.reproduce.course import arguments, before, having, named, shorten, trained
 from graphrewrite import datasets, training
 from graphrewrite.evaluation import block_predictions, sparsity
 
@@ -39,16 +40,17 @@ MNIST_RULES = (
 GRAPH_RULES = ("bp", "forward_gnn", "forward_gnn{top_down=input}")
 
 
-def mnist(folder: str, samples: int, epochs: int) -> list[dict[str, Any]]:
-    """784-256-256-256-10 on the first `samples` training images, all test images."""
-    data = datasets.mnist(folder).flat()
+def mnist(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """784-256-256-256-10 on the first `--samples` training images, all test images."""
+    samples, epochs = given.samples, given.epochs
+    data = datasets.mnist(given.data).flat()
     data = datasets.Dataset(training.take(data.train, torch.arange(samples)), data.test)
     torch.manual_seed(0)
     layers = [m for a, b in itertools.pairwise((784, 256, 256, 256)) for m in (nn.Linear(a, b), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(256, 10))
     budget = training.Budget(epochs=epochs, batch=100, rate=3e-3, cooldown=0.5)
     learners = training.side_by_side(model, MNIST_RULES, training.take(data.train, torch.arange(100)), budget)
-    training.train(learners, data, budget)
+    trained(named("ff_mnist", given), learners, data, budget)
     return [
         {
             "data": f"mnist, {samples} training images, {epochs} epochs",
@@ -90,18 +92,25 @@ class GraphNet(nn.Module):
         return self.layers[-1](x, edge_index)  # type: ignore[no-any-return]
 
 
-def citation(folder: str, name: str, epochs: int, rules: Sequence[str]) -> list[dict[str, Any]]:
+def citation(name: str, given: argparse.Namespace, held: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """GCN and SAGE on the public split; the test accuracy at the best validation accuracy."""
     from torch_geometric.nn import GCNConv, SAGEConv
 
-    graph = datasets.planetoid(folder, name)
+    epochs = given.graph_epochs
+    graph = datasets.planetoid(given.data, name)
     x = F.normalize(graph.x, p=1, dim=1)
     y = graph.y.masked_fill(~graph.train_mask, -100)
-    rows = []
     for layer in (GCNConv, SAGEConv):
         torch.manual_seed(0)
         model = GraphNet(layer, [x.shape[1], 64, int(graph.y.max()) + 1])
-        for rule in rules:
+        setting = {
+            "data": f"{name}, public split, {epochs} epochs",
+            "model": f"{layer.__name__} {x.shape[1]}-64-{int(graph.y.max()) + 1}",
+        }
+        for rule in track(given.graph_rules, f"{name}, {layer.__name__}"):
+            if row := having(held, **setting, rule=rule):
+                yield row
+                continue
             own = copy.deepcopy(model)
             compiled = gr.compile(own, rule, example_inputs=(x, graph.edge_index), example_targets=y)
             optimizer = torch.optim.Adam(compiled.parameters(), lr=1e-2, weight_decay=5e-4)
@@ -116,42 +125,39 @@ def citation(folder: str, name: str, epochs: int, rules: Sequence[str]) -> list[
                     valid = right[graph.val_mask].float().mean().item()
                     if valid > best:
                         best, test = valid, right[graph.test_mask].float().mean().item()
-            rows.append(
-                {
-                    "data": f"{name}, public split, {epochs} epochs",
-                    "model": f"{layer.__name__} {x.shape[1]}-64-{int(graph.y.max()) + 1}",
-                    "rule": rule,
-                    "test_accuracy_percent": round(100 * test, 2),
-                    "seconds": round(time.perf_counter() - started, 1),
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
+            found = {
+                **setting,
+                "rule": rule,
+                "test_accuracy_percent": round(100 * test, 2),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+            print(found, flush=True)
+            yield found
 
 
 def main() -> None:
     """Run both parts, or one."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=None)
+    parser = arguments(__doc__)
     parser.add_argument("--only", choices=("mnist", "graphs"), default=None)
     parser.add_argument("--samples", type=int, default=20000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--graph-epochs", type=int, default=60)
     parser.add_argument("--sets", nargs="+", default=["cora", "citeseer"])
     parser.add_argument("--graph-rules", nargs="+", default=GRAPH_RULES)
-    parser.add_argument("--add", action="store_true", help="keep the rows of forward_gnn.json")
     given = parser.parse_args()
+    shorten(given, samples=300, epochs=1, graph_epochs=4, sets=given.sets[:1])
     torch.set_num_threads(1)
     if given.only != "graphs":
-        rows = mnist(given.data, given.samples, given.epochs)
+        rows = mnist(given)
         for row in rows:
             print(row, flush=True)
-        write("ff_mnist", rows)
+        write(named("ff_mnist", given), rows)
     if given.only != "mnist":
-        rows = json.loads((RESULTS / "forward_gnn.json").read_text())["rows"] if given.add else []
+        rows, held = [], before(named("forward_gnn", given), given)
         for name in given.sets:
-            rows += citation(given.data, name, given.graph_epochs, given.graph_rules)
-            write("forward_gnn", rows)
+            for row in citation(name, given, held):
+                rows.append(row)
+                write(named("forward_gnn", given), rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ which is how the committed file was made: in pieces, each with backpropagation, 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import warnings
@@ -27,10 +26,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.common import RESULTS, processor_ratios, write
+from benchmarks.reproduce.course import arguments, named, shorten, trained, without
 from graphrewrite import datasets
 from graphrewrite.datasets import Dataset
 from graphrewrite.testing.memory import gradient_bytes, measured_peak, peak_bytes
-from graphrewrite.training import Budget, Learner, Split, side_by_side, take, train
+from graphrewrite.training import Budget, Learner, Split, side_by_side, take
 
 RULES = [
     "bp@1e-2",
@@ -95,8 +95,7 @@ def step_of(one: Learner, example: Split) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=None, help="data folder; default: the environment variable")
+    parser = arguments(__doc__)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=2, help="hidden layers")
@@ -107,6 +106,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="measure on held-out training images, write nothing")
     parser.add_argument("--rules", nargs="+", default=RULES, help="bp first")
     given = parser.parse_args()
+    shorten(given, samples=256, epochs=1)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     # that few directions are drawn for many weights is what is measured here
@@ -122,7 +122,9 @@ def main() -> None:
         rate = float(text.partition("@")[2] or given.rate)
         one.optimizer = torch.optim.Adam([p for p in one.compiled.parameters() if p.requires_grad], lr=rate)
     print("compiled", flush=True)
-    train(learners, data, budget, on_point=lambda: print([p.points[-1].accuracy for p in learners], flush=True))
+    name = named(given.name, given)
+    report = lambda: print([p.points[-1].accuracy for p in learners], flush=True)  # noqa: E731
+    trained(name, learners, data, budget, report)
     if given.tune:
         for one, text in zip(learners, given.rules, strict=True):
             print(f"{text:60} {one.points[-1].accuracy:.4f}")
@@ -133,9 +135,9 @@ def main() -> None:
         one["asked"] = text.partition("@")[0]
         one["bp / bp"] = round(same, 3)
         print("  ".join(f"{k} {v}" for k, v in one.items()))
-    setting = {k: v for k, v in vars(given).items() if k not in ("data", "rules", "name", "tune", "rate")}
+    setting = without(given, "rules", "name", "tune", "rate")
     setting["weights"] = sum(p.numel() for p in model.parameters())
-    print("written to", write(given.name, [{"setting": setting}, *merged(given.name, setting, rows)]))
+    print("written to", write(name, [{"setting": setting}, *merged(name, setting, rows)]))
 
 
 def merged(name: str, setting: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,9 +9,8 @@ SGD with momentum on 50,000 images for 100 epochs, the rate falling in the secon
 hidden layers but the first with a rate of its own. (`--layers 4 --width 2000 --epochs 60` is the net of Hinton's
 paper.) The other rules get the same net, batches and epochs, with Adam.
 
-The error is that after the last epoch, not the best one; `seconds` depend on what else the machine does,
-`processor_seconds` hardly. Writes `results/learning.json`,
-for the full setting `results/learning_full.json`.
+The error is that after the last epoch, not the best one; `seconds` are those of the steps, and depend on what else the
+machine does. Writes `results/learning.json`, for the full setting `results/learning_full.json`.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ import torch
 from torch import nn
 
 from benchmarks.common import write
+from benchmarks.reproduce.course import arguments, before, having, named, shorten, trained
 from graphrewrite import datasets
-from graphrewrite.cli.show import progress
 from graphrewrite.datasets import Dataset, Split
 from graphrewrite.textform import split_commas
-from graphrewrite.training import Budget, Learner, side_by_side, steps_of, take, train
+from graphrewrite.training import Budget, Learner, side_by_side, take
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,8 @@ def run(name: str, given: argparse.Namespace, setting: Setting, data: Dataset) -
     (learner,) = side_by_side(model, [setting.rules.get(name, name)], example, budget, blocks="layers")
     if published:
         learner.optimizer = published_optimizer(learner)
-    started, busy = time.perf_counter(), time.process_time()
-    with progress(learner.rule, steps_of(data.train, budget)) as advance:
-        train([learner], data, budget, on_step=advance, on_point=report(learner, started))
+    started = time.perf_counter()
+    trained(f"{named(file_of(given), given)}_{name}_{given.seed}", [learner], data, budget, report(learner, started))
     return {
         "setting": given.setting,
         "rule": learner.rule,
@@ -106,8 +104,7 @@ def run(name: str, given: argparse.Namespace, setting: Setting, data: Dataset) -
         "training_samples": len(data.train.y),
         "seed": given.seed,
         "test_error_percent": round(100 * (1 - learner.points[-1].accuracy), 2),
-        "seconds": round(time.perf_counter() - started),
-        "processor_seconds": round(time.process_time() - busy),
+        "seconds": round(sum(learner.seconds)),
         "saved_bytes": learner.saved_bytes,
         "course": [[p.epoch, round(100 * (1 - p.accuracy), 2)] for p in learner.points],
     }
@@ -134,9 +131,13 @@ def prepared(data: Dataset, samples: int, device: str) -> Dataset:
     return Dataset(Split(parts[0].x[:samples], parts[0].y[:samples]), parts[1])
 
 
+def file_of(given: argparse.Namespace) -> str:
+    """The name of the result file."""
+    return "learning" if given.setting == "small" else "learning_full"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="the folder that holds mnist/; default: what GRAPHREWRITE_DATA names")
+    parser = arguments(__doc__)
     parser.add_argument("--setting", choices=SETTINGS, default="small")
     parser.add_argument("--rules", default="bp,dfa,ff", help="names or text forms, commas between")
     parser.add_argument("--epochs", type=int)
@@ -148,15 +149,19 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     held = SETTINGS[given.setting]
+    shorten(given, epochs=1)
+    samples = 1000 if given.quick else held.samples
     setting = Setting(
-        given.width or held.width, given.layers or held.layers, given.epochs or held.epochs, held.samples, held.rules
+        given.width or held.width, given.layers or held.layers, given.epochs or held.epochs, samples, held.rules
     )
     data = prepared(datasets.mnist(given.data), setting.samples, given.device)
     rows: list[dict[str, Any]] = []
+    held_rows = before(named(file_of(given), given), given)
     for name in split_commas(given.rules):
-        rows.append(run(name, given, setting, data))
-        # after every rule: hours of training are not lost with the next one
-        path = write("learning" if given.setting == "small" else "learning_full", rows)
+        rule = setting.rules.get(name, name)
+        row = having(held_rows, rule=rule, epochs=setting.epochs, seed=given.seed)
+        rows.append(row or run(name, given, setting, data))
+        path = write(named(file_of(given), given), rows)
     for row in rows:
         print(f"{row['rule']:<20} {row['test_error_percent']:5.2f} % test error in {row['seconds']} s")
     print("written to", path)

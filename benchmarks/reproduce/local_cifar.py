@@ -9,7 +9,6 @@ at the end, step time over backpropagation's. Writes `results/local_cifar.json`,
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from typing import Any
 
@@ -17,10 +16,11 @@ import torch
 from torch import nn
 
 from benchmarks.common import write
+from benchmarks.reproduce.course import arguments, named, shorten, trained, without
 from graphrewrite import datasets
 from graphrewrite.errors import RuleError
 from graphrewrite.evaluation import block_accuracy
-from graphrewrite.training import Budget, Dataset, Learner, Split, side_by_side, take, train
+from graphrewrite.training import Budget, Dataset, Learner, Split, side_by_side, take
 
 RULES = [
     "bp",
@@ -54,8 +54,7 @@ def row(one: Learner, reference: Learner, test: Split, *, heads: bool) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=None, help="data folder; default: the environment variable")
+    parser = arguments(__doc__)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--test", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=6)
@@ -63,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--rules", nargs="+", default=RULES)
     given = parser.parse_args()
+    shorten(given, samples=300, test=300, epochs=1)
     torch.set_num_threads(1)
     data = datasets.cifar10(given.data, batches=-(-given.samples // 10_000))
     mean, std = data.train.x.mean((0, 2, 3), keepdim=True), data.train.x.std((0, 2, 3), keepdim=True)
@@ -71,15 +71,15 @@ def main() -> None:
     torch.manual_seed(0)
     budget = Budget(epochs=given.epochs, batch=given.batch, rate=given.rate)
     learners = side_by_side(net(), given.rules, take(data.train, torch.arange(given.batch)), budget)
-    setting = {k: v for k, v in vars(given).items() if k not in ("data", "rules")}
+    setting = without(given, "rules")
 
     def report(*, heads: bool = False) -> None:
         rows = [row(one, learners[0], data.test, heads=heads) for one in learners]
         for one in rows:
             print(one)
-        print(write("local_cifar", [{"setting": setting}, *rows]), flush=True)
+        print(write(named("local_cifar", given), [{"setting": setting}, *rows]), flush=True)
 
-    train(learners, data, budget, on_point=report)
+    trained(named("local_cifar", given), learners, data, budget, report)
     report(heads=True)
 
 

@@ -10,7 +10,6 @@ or `--name`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import write
+from benchmarks.reproduce.course import arguments, named, shorten, trained, without
 from graphrewrite import datasets
 from graphrewrite.datasets import Dataset
 from graphrewrite.training import Budget, Split, side_by_side, take, train
@@ -43,8 +43,7 @@ def tuned(model: nn.Module, rules: list[str], data: Dataset, rates: list[float],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=None, help="data folder; default: the environment variable")
+    parser = arguments(__doc__)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=3, help="hidden layers")
@@ -52,10 +51,12 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--tune-epochs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=55_000, help="training images to use")
+    parser.add_argument("--activation", choices=["relu", "elu", "tanh"], default="relu")
     parser.add_argument("--batch-norm", action="store_true", help="a batch norm behind each hidden layer")
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--name", default="local_mnist", help="of the result file")
     given = parser.parse_args()
+    shorten(given, epochs=1, tune_epochs=1, samples=1000, rates=given.rates[:1])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = datasets.mnist(given.data).flat()
@@ -64,14 +65,15 @@ def main() -> None:
     sizes = [784, *[given.width] * given.hidden]
     norm = nn.BatchNorm1d if given.batch_norm else nn.Identity
     # one block each: with `layers`, a norm would be a block of its own
-    layers = [nn.Sequential(nn.Linear(a, b), norm(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
+    activation = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}[given.activation]
+    layers = [nn.Sequential(nn.Linear(a, b), norm(b), activation()) for a, b in itertools.pairwise(sizes)]
     model = nn.Sequential(*layers, nn.Linear(given.width, 10))
     screen = Dataset(take(data.train, torch.arange(min(10_000, given.samples))), held_out)
     rates = tuned(model, given.rules, screen, given.rates, Budget(given.tune_epochs, given.batch))
     budget = Budget(epochs=given.epochs, batch=given.batch, rates=rates)
     example = Split(data.train.x[: given.batch], data.train.y[: given.batch])
     learners = side_by_side(model, given.rules, example, budget)
-    train(learners, data, budget)
+    trained(named(given.name, given), learners, data, budget)
     rows = []
     for rule, one in zip(given.rules, learners, strict=True):
         last = one.points[-1]
@@ -85,8 +87,8 @@ def main() -> None:
         }
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()))
-    setting = {k: v for k, v in vars(given).items() if k not in ("data", "rules", "name")}
-    print("written to", write(given.name, [{"setting": setting}, *rows]))
+    setting = without(given, "rules", "name")
+    print("written to", write(named(given.name, given), [{"setting": setting}, *rows]))
 
 
 if __name__ == "__main__":

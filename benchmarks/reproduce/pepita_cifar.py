@@ -11,16 +11,17 @@ figure. Writes `results/pepita_cifar.json`, anew after every epoch.
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import nn
 from torch.nn import functional as F
 
 import graphrewrite as gr
-from benchmarks.common import write
+from benchmarks.common import RESULTS, write
+from benchmarks.reproduce.course import arguments, named, shorten, without
 from graphrewrite import datasets
 from graphrewrite.training import Split, in_batches
 
@@ -72,8 +73,7 @@ def percent_right(predict: Any, test: Split) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=None, help="data folder; default: the environment variable")
+    parser = arguments(__doc__)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batches", type=int, default=5, help="of the five training files")
     parser.add_argument("--width", type=int, default=1024)
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--compared", type=int, default=5, help="batches whose gradients are compared")
     given = parser.parse_args()
+    shorten(given, epochs=1, batches=1, width=16, compared=1)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = datasets.cifar10(given.data, given.batches).flat()
@@ -106,9 +107,19 @@ def main() -> None:
     print(f"gradients over {given.compared} batches: largest relative difference {apart:.2e}", flush=True)
 
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for epoch in range(given.epochs):
-        for index in torch.randperm(len(data.train.y), generator=generator).split(given.batch):
+    rows: list[dict[str, Any]] = []
+    course = RESULTS / "interrupted" / f"{named('pepita_cifar', given)}.pt"
+    if given.resume and course.is_file():
+        held = torch.load(course, weights_only=True)
+        rows = held["rows"]
+        compiled.load_state_dict(held["state"])
+        optimizer.load_state_dict(held["optimizer"])
+        oracle.weights, oracle.moved = held["weights"], held["moved"]
+        generator.set_state(held["order"])
+        torch.set_rng_state(held["random"])
+    for epoch in range(len(rows), given.epochs):
+        order = torch.randperm(len(data.train.y), generator=generator).split(given.batch)
+        for index in track(order, f"epoch {epoch}"):
             x, y = data.train.x[index], data.train.y[index]
             optimizer.zero_grad()
             compiled.loss(x, y).backward()
@@ -127,9 +138,21 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-        setting = {k: v for k, v in vars(given).items() if k != "data"}
-        head = {"setting": setting, "largest relative difference of gradients": apart}
-        write("pepita_cifar", [head, *rows])
+        head = {"setting": without(given), "largest relative difference of gradients": apart}
+        write(named("pepita_cifar", given), [head, *rows])
+        course.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "rows": rows,
+                "state": compiled.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "weights": oracle.weights,
+                "moved": oracle.moved,
+                "order": generator.get_state(),
+                "random": torch.get_rng_state(),
+            },
+            course,
+        )
 
 
 if __name__ == "__main__":
