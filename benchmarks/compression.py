@@ -6,7 +6,7 @@ without parameters and inputs, in `d`: elements per token, layer and unit of wid
 |dW - dW64| / |dW64| over all parameters, where dW64 is eager backpropagation in float64.
 
     python -m benchmarks.compression                # bytes and errors
-    python -m benchmarks.compression --time         # step times as well: ratio to torch.compile, interleaved
+    python -m benchmarks.compression --time         # step times as well: processor time over torch.compile's
 
 Writes `results/compression.json`. `--part` and `--add` split the run into several.
 """
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import graphrewrite as gr
-from benchmarks.common import Ratio, ratio, read, write
+from benchmarks.common import keep_memory, processor_ratios, read, write
 from graphrewrite.analysis.liveness import LiveBytes
 
 HEAD = 64
@@ -296,7 +296,8 @@ def rivals(case: Case) -> Iterator[dict[str, Any]]:
 def matched(case: Case, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Plans that may save and err as much as `torch.compile` with a budget and int8 hooks does in the given rows."""
     for row in rows:
-        if row.get("stack") == case.name and "int8 hooks" in row["setting"] and "budget 1.0" not in row["setting"]:
+        named = row.get("stack") == case.name and row.get("rival") and "int8 hooks" in row["setting"]
+        if named and "budget 1.0" not in row["setting"]:
             plan = PlanMemory(int(row["saved_d"] * case.unit), error=min(0.01, row["error"]))
             yield f"the bytes of {row['setting']}", {"passes": [plan]}
 
@@ -318,15 +319,16 @@ def rows_of(case: Case, part: str, timed: bool, known: list[dict[str, Any]]) -> 
         row["compile_seconds"] = round(time.process_time() - started, 1)
         row["predicted_minus_measured_bytes"] = compiled.report().saved_bytes - held_by_graph(case, compiled)
         if timed and name in TIMED:
-            row["time"] = times(case, options).row()
+            row["time"] = times(case, options)
         yield row
 
 
-def times(case: Case, options: dict[str, Any]) -> Ratio:
-    """Step of ours under Inductor against `torch.compile` as it comes."""
+def times(case: Case, options: dict[str, Any]) -> dict[str, float]:
+    """Processor time of our step under Inductor over that of `torch.compile` as it comes, and of that over itself."""
     ours = gr.compile(case.model, dynamic=None, verify="off", backend="inductor", **options)
     theirs = stock(case)
-    return ratio(lambda: case.step(ours), lambda: case.step(theirs), rounds=5, calls=5)
+    (_, over), same = processor_ratios([lambda: case.step(theirs), lambda: case.step(ours)], rounds=25)
+    return {"processor_time_ratio": round(over, 4), "same": round(same, 4), "threads": torch.get_num_threads()}
 
 
 # --- the solver ------------------------------------------------------------------------------------------------------
@@ -396,6 +398,9 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="step times as well")
     parser.add_argument("--name", default="compression", help="name of the result file")
     given = parser.parse_args()
+    if given.time:
+        torch.set_num_threads(1)
+        keep_memory()
     ONLY.extend(given.only)
     rows = read(given.name) if given.add else []
     for name in given.stacks if given.part != "solver" else ():

@@ -6,14 +6,16 @@ Small models, three seeds, Adam at a rate that falls linearly to zero; all arms 
 and see the same batches.
 
 * `exact`: backpropagation.
+* `exact, nudged`, the positive control: backpropagation from weights that differ in their last bits (by a factor
+  within 1e-7 of one). How far its losses are from those of `exact` is how far two trainings drift apart by rounding
+  alone; what another arm is off by within that says nothing about the arm.
 * `budget`: `memory_budget=0.1`, whatever the planner chooses.
 * `codes`: 4-bit `lloyd` codes of what crosses from block to block; what lies inside is recomputed from them.
 * `rounded down`, the negative control: what linear layers keep in 2 bits that are always rounded down, so that the
   error has a sign.
 
 `train` is the mean loss of the last fifth of the steps, `valid` the loss on held-out data, `times_fewer` the bytes of
-`exact` that are saved over those of the arm. Writes `results/convergence.json`, anew after each run; rows in it without
-`rate` are of an earlier version with a constant rate.
+`exact` that are saved over those of the arm. Writes `results/convergence.json`, anew after each run.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class RoundedDown(Int2):
 
 ARMS: dict[str, dict[str, Any]] = {
     "exact": {},
+    "exact, nudged": {},
     "budget": {"memory_budget": 0.1},
     "codes": {"compress": ["ms_norm", "mask", "recompute{plan=blocks}", "lloyd"]},
     "rounded down": {
@@ -174,11 +177,18 @@ def cora(folder: str | None, steps: int) -> Task:
 
 
 TASKS: dict[str, tuple[Callable[..., Task], int]] = {
-    "cora": (cora, 60),
-    "shakespeare": (shakespeare, 200),
-    "sst2": (sst2, 100),
-    "cifar": (cifar, 160),
+    "cora": (cora, 200),
+    "shakespeare": (shakespeare, 600),
+    "sst2": (sst2, 400),
+    "cifar": (cifar, 1000),
 }
+
+
+def nudge(model: nn.Module) -> None:
+    """Every parameter times a factor within 1e-7 of one: at most its last bit."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-7 * (2 * torch.rand(parameter.shape, dtype=torch.float64) - 1))
 
 
 def arm(task: Task, options: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -220,7 +230,10 @@ def runs(
                 torch.manual_seed(seed)
                 row = {"task": name, "seed": seed, "arm": label, "rate": "falls"}
                 row["steps"] = max(1, int(steps * scale))
-                row |= arm(make(folder, row["steps"]), ARMS[label], seed)
+                task = make(folder, row["steps"])
+                if label == "exact, nudged":
+                    nudge(task.model)
+                row |= arm(task, ARMS[label], seed)
                 exact = exact or row
                 row["times_fewer"] = round(exact["saved_bytes"] / row["saved_bytes"], 2)
                 for which in ("train", "valid"):
@@ -229,15 +242,20 @@ def runs(
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds."""
+    """Means over seeds, of runs of one length."""
     found = []
-    for task, label in dict.fromkeys((row["task"], row["arm"]) for row in rows):
-        mine = [row for row in rows if (row["task"], row["arm"]) == (task, label)]
+
+    def of(task: str, steps: int, label: str) -> list[dict[str, Any]]:
+        return [row for row in rows if (row["task"], row["steps"], row["arm"]) == (task, steps, label)]
+
+    for task, steps, label in dict.fromkeys((row["task"], row["steps"], row["arm"]) for row in rows):
+        mine = of(task, steps, label)
         mean = {k: sum(row[k] for row in mine) / len(mine) for k in ("train", "valid", "times_fewer")}
-        exact = [row for row in rows if (row["task"], row["arm"]) == (task, "exact")][: len(mine)]
+        seeds = {row["seed"] for row in mine}
+        exact = [row for row in of(task, steps, "exact") if row["seed"] in seeds]
         for which in ("train", "valid"):
             mean[f"{which}_off"] = mean[which] / (sum(row[which] for row in exact) / len(exact)) - 1
-        found.append({"task": task, "arm": label, "mean_of_seeds": len(mine), **mean})
+        found.append({"task": task, "steps": steps, "arm": label, "mean_of_seeds": len(mine), **mean})
     return found
 
 
@@ -254,7 +272,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = [row for row in read(given.name) if "seed" in row] if given.add else []
     for row in runs(given.tasks, given.arms, given.seeds, given.data, given.scale):
-        same = ("task", "seed", "arm")
+        same = ("task", "seed", "arm", "steps")
         rows = [old for old in rows if any(old[k] != row[k] for k in same)] + [row]
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         write(given.name, [*summary(rows), *rows])

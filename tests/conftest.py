@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +20,10 @@ if not torch.cuda.is_available():
 def pytest_configure(config: pytest.Config) -> None:
     # side by side with another worker, one thread each is faster than two
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 HEAVY = {
@@ -39,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         heavy = HEAVIEST if item.path.stem == "test_bp_matrix" else HEAVY
         if any(isinstance(value, str) and value in heavy for value in given.params.values()):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freeze() -> Iterator[None]:
+    """What is alive after a file (modules, torch's caches) is not looked through by every later collection."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

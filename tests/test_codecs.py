@@ -68,6 +68,17 @@ def tensors(name):
 # --- the error that is declared --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [1, 20, 64, 256, 300])
+def test_topk_keeps_elements_that_are_there(count):
+    """The last group is filled up: what fills it up must not take the places of equal elements, or larger ones."""
+    codec, tensor = textform.build("codec", "topk"), torch.ones(count)
+    tensor[-1] = 5.0
+    found = codec.decode(codec.encode(tensor), tensor)
+    kept = [min(codec.kept, size) for size in (*[256] * (count // 256), count % 256)]
+    assert int((found != 0).sum()) == sum(kept)
+    assert found[-1] == 5.0
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_error_is_within_the_declared_bound(name):
     codec = textform.build("codec", name)

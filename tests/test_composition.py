@@ -20,9 +20,9 @@ from graphrewrite.report.certificates import PROPERTIES
 from graphrewrite.testing import assert_same, gradients
 
 
-def net() -> nn.Sequential:
+def net(act: type[nn.Module] = nn.GELU) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 5))
+    return nn.Sequential(nn.Linear(12, 64), act(), nn.Linear(64, 64), nn.LayerNorm(64), act(), nn.Linear(64, 5))
 
 
 def batch(n: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,9 +30,9 @@ def batch(n: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 12, generator=draw), torch.randint(0, 5, (n,), generator=draw)
 
 
-def compiled(**options: Any) -> gr.CompiledModule:
+def compiled(act: type[nn.Module] = nn.GELU, **options: Any) -> gr.CompiledModule:
     x, y = batch()
-    return gr.compile(net(), example_inputs=x, example_targets=y, blocks="layers", **options)
+    return gr.compile(net(act), example_inputs=x, example_targets=y, blocks="layers", **options)
 
 
 def step(one: gr.CompiledModule, split: bool = False) -> dict[str, torch.Tensor | None]:
@@ -98,14 +98,18 @@ def test_local_rule_has_nothing_left_to_compress(rule):
 @pytest.mark.parametrize(("rule", "codec"), [("ff", "int4"), ("dfa", "int8"), ("bp", "mask")])
 def test_rule_codec_and_inductor(rule, codec):
     """The backend changes what runs the graph: not its certificates, not its bytes, and gradients by rounding."""
-    eager, fused = compiled(rule=rule, compress=codec), compiled(rule=rule, compress=codec, backend="inductor")
-    assert proofs(fused) == proofs(eager)
-    assert fused.report().saved_bytes == eager.report().saved_bytes
+    act = nn.LeakyReLU if codec == "mask" else nn.GELU
+    alone, eager = compiled(act, rule=rule), compiled(act, rule=rule, compress=codec)
+    fused = compiled(act, rule=rule, compress=codec, backend="inductor")
+    assert proofs(fused) == proofs(eager) == proofs(alone)
+    assert_bytes_are_predicted(eager, alone)
+    assert fused.report().saved_bytes == eager.report().saved_bytes < alone.report().saved_bytes
     rest = [row for row in fused.report().coverage if row.backend != "inductor"]
     assert len(rest) < len(fused.report().coverage) / 2
     assert all(row.reason for row in rest), "what another backend runs says why"
     # what differs by rounding may have another code: each is off by at most the error of the codec
-    coding = relative_error(step(eager), step(compiled(rule=rule))) if codec != "mask" else 0.0
+    coding = relative_error(step(eager), step(alone))
+    assert (coding == 0) == (codec == "mask")
     assert relative_error(step(fused), step(eager)) < max(1e-4, 2 * coding)
 
 
@@ -153,6 +157,11 @@ def test_dfa_fewbit_two_stages_and_data_parallel(tmp_path):
         alone.loss(x[mine], y[mine]).backward()
         alone.backward_weight()
         halves.append(gradients(alone.module))
+    plain = gr.compile(net(), OPTIONS["rule"], blocks="layers", example_inputs=x[:16], example_targets=y[:16])
+    assert proofs(alone) == proofs(plain)
+    # the inputs of two GELUs, 3 bits for each element in the place of 32
+    spared = 2 * 16 * 64 * (32 - 3) // 8
+    assert alone.report().saved_bytes == plain.report().saved_bytes - spared
     for one in found:
         assert one["proofs"] == proofs(alone)
         assert one["bytes"] == alone.report().saved_bytes
@@ -188,9 +197,18 @@ def train_in_a_pipeline(rank: int) -> dict[str, Any]:
         made.weight.data.copy_(matrix)
         return made
 
+    sent = []
+    make = torch.distributed.P2POp.__init__
+
+    def counted(self: Any, op: Any, tensor: torch.Tensor, *rest: Any, **named: Any) -> None:
+        if op is torch.distributed.isend:
+            sent.append(tensor.nbytes)
+        make(self, op, tensor, *rest, **named)
+
+    torch.distributed.P2POp.__init__ = counted
     pipeline = LocalPipeline(made, head, 4)
     pipeline.step(x, y)
-    return {"gradients": gradients(pipeline.module.body.module)}
+    return {"gradients": gradients(pipeline.module.body.module), "sent": sent}
 
 
 @pytest.mark.slow
@@ -199,6 +217,8 @@ def test_mono_forward_and_pipeline(tmp_path):
     found = processes.run(train_in_a_pipeline, (), tmp_path)
     one = whole_mono_forward()
     assert not any(b.update_locked for b in one.report().certificates.blocks)
+    # four micro-batches of what leaves the first block go on, and nothing comes back
+    assert [process["sent"] for process in found] == [[3 * 6 * 8] * 4, []]
     _, x, y = stages()
     one.loss(x, y).backward()
     wanted = gradients(one.module)

@@ -537,6 +537,12 @@ def test_errors_are_followed_through_recomputations():
     assert taken & {"bf16", "int8", "int4", "int2"}, taken
     assert 0 < error(found, exact) < 0.01
 
+    # so little that statistics are recomputed as well, from what is stored with a codec
+    found, report = gradient(memory_budget=0.03)
+    assert {line.codec for line in report.plan if line.before == 4 * len(x)} == {"recompute"}
+    assert {line.codec for line in report.plan if line.operator == "add"} == {"int8"}
+    assert 0 < error(found, exact) < 0.01
+
 
 def test_attention_without_dropout_draws_nothing():
     for rate, random in ((0.0, False), (0.5, True)):
@@ -658,21 +664,30 @@ def peaks(name, budgets):
         yield predicted_peak(compiled), peak_bytes(lambda c=compiled: c.loss(x, y).backward(), known)
 
 
-PEAKED = ("mlp", "cnn", "resnet", "unet", "gpt", "lstm")
+DOWN_TO = {
+    "mlp": 0.07,
+    "lenet": 0.07,
+    "resnet": 0.07,
+    "vit": 0.07,
+    "cnn": 0.1,
+    "gpt": 0.1,
+    "unet": 0.15,
+    "lstm": 0.15,
+    **dict.fromkeys(("llama", "gru", "moe", "bert", "gcn", "hf_resnet"), 0.25),
+    "sage": 0.4,
+}
+"""Below, plans that err at most 1 % recompute so much at once that the peak may rise again."""
 
 
 @pytest.mark.parametrize(
-    ("name", "budgets"),
-    [
-        ("mlp", (0.6, 0.15)),
-        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25, 0.15), marks=SLOW) for name in PEAKED],
-        *[pytest.param(name, (1.0, 0.6, 0.4, 0.25), marks=SLOW) for name in ("vit", "gcn")],
-    ],
+    ("name", "least"),
+    [("mlp", 0.15), *[pytest.param(name, least, marks=SLOW) for name, least in DOWN_TO.items()]],
 )
-def test_peak_is_predicted_and_falls_with_the_budget(name, budgets):
+def test_peak_is_predicted_and_falls_with_the_budget(name, least):
     """Chains of recomputed values through several blocks would raise it again."""
     last = None
-    for predicted, measured_bytes in peaks(name, budgets):
+    budgets = (0.6, 0.15) if name == "mlp" and least == 0.15 else (1.0, 0.6, 0.4, 0.25, 0.15, 0.1, 0.07)
+    for predicted, measured_bytes in peaks(name, [one for one in budgets if one >= least]):
         assert abs(predicted / measured_bytes - 1) < 0.01
         assert last is None or measured_bytes <= 1.03 * last
         last = measured_bytes

@@ -22,7 +22,16 @@ def generate():
     return module
 
 
-def test_committed_pages_are_up_to_date(generate) -> None:
+def test_committed_pages_are_up_to_date(generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates, for which every rule is compiled, are taken from the page here, and proved in the next test."""
+    rows = re.findall(r"^\| \[`(\w+)`\]\(#\1\) \| (.*) \|$", (DOCS / "rules.md").read_text(), re.MULTILINE)
+    proved = {name: re.split(r"(?<!\\)\| ", cells)[1:-1] for name, cells in rows}
+    monkeypatch.setattr(generate, "_certificate", lambda name: [cell.rstrip() for cell in proved[name]])
+    assert generate.outdated() == [], "run python docs/generate.py"
+
+
+@pytest.mark.slow
+def test_committed_certificates_are_up_to_date(generate) -> None:
     assert generate.outdated() == [], "run python docs/generate.py"
 
 

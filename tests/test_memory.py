@@ -50,7 +50,7 @@ def eager_peak(depth: int) -> int:
 # --- peaks against depth ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depths", [(4, 16), pytest.param((4, 16, 64), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("depths", [(4, 8), pytest.param((4, 16, 64), marks=pytest.mark.slow)])
 def test_forward_forward_is_flat_in_depth(depths):
     """While eager backpropagation grows with every block."""
     found = [peaks("ff", depth)[0] for depth in depths]
@@ -99,16 +99,16 @@ def unlocked_peak(rule: str, depth: int) -> int:
 
 @pytest.mark.parametrize("rule", ["bp", "dfa"])
 def test_global_rules_keep_one_activation_per_block(rule):
-    grown = peaks(rule, 16)[0] - peaks(rule, 4)[0]
-    assert 11 * UNIT <= grown <= 13 * UNIT
+    grown = peaks(rule, 8)[0] - peaks(rule, 4)[0]
+    assert 3 * UNIT <= grown <= 5 * UNIT
 
 
-@pytest.mark.parametrize("depth", [4, 16])
+@pytest.mark.parametrize("depth", [4, 8])
 def test_backpropagation_peaks_no_higher_than_eager(depth):
     assert peaks("bp", depth)[0] <= eager_peak(depth)
 
 
-@pytest.mark.parametrize(("rule", "depth"), [("bp", 4), ("bp", 16), ("dfa", 4), ("dfa", 16), ("ff", 4), ("ff", 16)])
+@pytest.mark.parametrize(("rule", "depth"), [("bp", 4), ("bp", 8), ("dfa", 4), ("dfa", 8), ("ff", 4), ("ff", 8)])
 def test_predicted_peak_is_the_measured_one(rule, depth):
     measured, predicted = peaks(rule, depth)
     assert 0 <= measured - predicted <= SCALARS

@@ -213,18 +213,23 @@ def steps(dtype, *sizes):
     return [(torch.randn(n, 8, dtype=dtype), None) for n in sizes or (5, 5, 3)]
 
 
+def shares():
+    """A share of the operators and a way to train: by default the shares take one way each, in turn."""
+    for kind, operators, number in (("vectors", VECTORS, 6), ("images", IMAGES, 2)):
+        for i in range(number):
+            for way, through in enumerate(("loss", "forward")):
+                marks = () if way == i % 2 else (pytest.mark.slow,)
+                yield pytest.param(kind, list(operators)[i::number], through, marks=marks, id=f"{kind}-{i}-{through}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("kind", ["vectors", "images"])
-def test_bitwise(kind, dtype):
-    """One capture of all operators serves both batch sizes."""
-    operators = VECTORS if kind == "vectors" else IMAGES
-    if dtype is torch.float32:
-        batches, through = steps(dtype), "both"
-    else:
-        operators = {name: op for name, op in operators.items() if name not in NOT_IN_BF16}
-        batches, through = steps(dtype, 5, 3), "loss"
+@pytest.mark.parametrize(("kind", "names", "through"), shares())
+def test_bitwise(kind, names, through, dtype):
+    """One capture of many operators serves both batch sizes."""
+    all_of_kind = VECTORS if kind == "vectors" else IMAGES
+    operators = {name: all_of_kind[name] for name in names if dtype is torch.float32 or name not in NOT_IN_BF16}
     model = Branches(operators, kind == "images").to(dtype)
-    compiled = assert_trains_like_eager(model, batches, loss=weighted_sum, through=through)
+    compiled = assert_trains_like_eager(model, steps(dtype), loss=weighted_sum, through=through)
     assert not any(guard.startswith("x.shape[0] ==") for guard in compiled.report().guards)
 
 

@@ -9,6 +9,7 @@ import itertools
 import pathlib
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,30 @@ def test_a_signature_that_two_threads_meet_at_once_is_captured_once():
     assert compiled._captures == {"loss": 1}
 
 
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def train_elsewhere(compiled: gr.CompiledModule, data) -> dict[str, torch.Tensor]:
+    """In a copy: tensors that are sent to another process are shared with it."""
+    torch.set_num_threads(1)
+    return train(copy.deepcopy(compiled), data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["dfa", "ff"])
+def test_a_compiled_module_sent_to_a_spawned_process_trains_there(rule):
+    """After a step here; rule state, step counter and seed go along."""
+    compiled = gr.compile(net(6, 8, 4), rule, seed=3)
+    first, *rest = batches(5)
+    start = train(compiled, [first])
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(train_elsewhere, (compiled, rest))
+    assert_equal({name: p.detach() for name, p in compiled.named_parameters()}, start)
+    for name, held in train(compiled, rest).items():
+        assert not torch.equal(held, start[name]), name
+        torch.testing.assert_close(found[name], held)
+
+
 # --- data loaders ----------------------------------------------------------------------------------------------------
 
 
@@ -197,18 +222,34 @@ def test_the_batch_dies_with_the_step(rule, options):
         gc.enable()
 
 
+LONG_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{rule: (rule, {}) for rule in ("bp", "dfa", "ff", "mono_forward", "predictive_coding", "forward_gradient", "kp")},
+    "zo_step": ("zeroth_order", {}),
+    "int4": ("bp", {"compress": "int4{rounding=stochastic}"}),
+    "two stages": ("dfa", {"split_backward": True}),
+    "inductor": ("bp", {"backend": "inductor"}),
+}
+"""What keeps state, draws random numbers, holds cotangents for later or runs in compiled code."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["bp", "dfa", "mono_forward", "forward_gradient"])
-def test_memory_does_not_grow_over_ten_thousand_steps(rule):
+@pytest.mark.parametrize("way", LONG_RUNS)
+def test_memory_does_not_grow_over_ten_thousand_steps(way):
+    rule, options = LONG_RUNS[way]
     data = batches(16)
-    compiled = gr.compile(net(6, 8, 4), rule, example_inputs=data[0][0], example_targets=data[0][1])
+    compiled = gr.compile(net(6, 8, 4), rule, example_inputs=data[0][0], example_targets=data[0][1], **options)
     optimizer = torch.optim.SGD(compiled.parameters(), lr=1e-3)
 
     def steps(count: int) -> tuple[int, int]:
         for i in range(count):
             x, y = data[i % len(data)]
+            if way == "zo_step":
+                compiled.zo_step(x.clone(), y.clone(), lr=1e-4)
+                continue
             optimizer.zero_grad()
             compiled.loss(x.clone(), y.clone()).backward()
+            if options.get("split_backward"):
+                compiled.backward_weight()
             optimizer.step()
         gc.collect()
         return len(gc.get_objects()), sum(isinstance(o, torch.Tensor) for o in gc.get_objects())

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv1d_input, conv1d_weight
 
 import graphrewrite as gr
+from graphrewrite.analysis.liveness import backward_curve
 from graphrewrite.graph.nodes import (
     BufferUpdate,
     Grad,
@@ -742,10 +743,11 @@ def test_encode_saved_refuses_a_codec_that_decodes_to_something_else(case):
     assert error.value.node == first.name
 
 
-def test_recompute_changes_no_number(case):
+@pytest.mark.parametrize("each_block", [False, True])
+def test_recompute_changes_no_number(case, each_block):
     graph = clean_graph(case.model, case.x, case.y)
     before = run(graph, case.model, case.x, case.y)
-    count = graph.recompute(graph.forward_nodes())
+    count = graph.recompute(graph.forward_nodes(), each_block=each_block)
     assert count > 0
     verify(graph)
     for node in graph.backward_nodes():
@@ -754,6 +756,18 @@ def test_recompute_changes_no_number(case):
     after = run(graph, case.model, case.x, case.y)
     assert_equal(grads_of(after), grads_of(before))
     assert graph.recompute(graph.forward_nodes()) == 0
+
+
+def test_recomputing_for_each_block_holds_less_and_repeats_more():
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]).double()
+    x, y = torch.randn(32, 8, dtype=torch.float64), torch.randint(0, 8, (32,))
+    counts, peaks = [], []
+    for each_block in (False, True):
+        graph = clean_graph(model, x, y)
+        counts.append(graph.recompute(graph.forward_nodes(), each_block=each_block))
+        peaks.append(backward_curve(partition(graph)).peak)
+    assert counts[1] > counts[0]
+    assert peaks[1] < peaks[0] - 2 * 32 * 8 * 8
 
 
 def test_recompute_keeps_random_numbers():

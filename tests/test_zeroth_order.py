@@ -364,15 +364,15 @@ def test_no_activation_is_held():
     """Saved for the backward: K numbers. Peak beside the gradients: not a function of depth."""
     peaks = []
     x, y = torch.randn(256, 16), torch.randint(0, 10, (256,))
-    for depth in (2, 5):
+    for depth in (2, 4):
         model = equal_blocks(depth, 16)
         compiled = gr.compile(model, "zeroth_order{queries=2}", example_inputs=x, example_targets=y)
         # two differences and (seed, step, rank)
         assert compiled.program().partition.saved_bytes == 8 + 24
         peaks.append(measured_peak(compiled, x, y) - gradient_bytes(model))
     assert peaks[1] <= peaks[0] * 1.05
-    # depth 5 holds five activations and more under backpropagation
-    assert peaks[1] < 5 * x.numel() * 4
+    # depth 4 holds four activations and more under backpropagation
+    assert peaks[1] < 4 * x.numel() * 4
 
 
 @pytest.mark.parametrize(

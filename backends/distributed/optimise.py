@@ -134,11 +134,11 @@ def optimise(
     def runs() -> Iterator[list[list[Action]] | None]:
         for order, eager, deep in itertools.product(("IFW", "FIW", "IWF"), (True, False), (True, False)):
             for slack in range(0, 2 * ranks + 1, max(1, ranks // 2)):
-                limits = [cap if cap is not None else need * (ranks + slack) for _ in range(ranks)]
+                limits = [cap if cap is not None else need * (ranks + slack)] * ranks
                 yield greedy(costs, place, micro_batches, communication, limits, order, eager=eager, deep=deep)
         if best is not None and best[0] <= bound + _CLOSE:
             return
-        limits = None if cap is None else [cap] * ranks
+        limits = [math.inf if cap is None else cap] * ranks
         for given, deep in itertools.product(orders(place, micro_batches), (True, False)):
             yield greedy(costs, place, micro_batches, communication, limits, deep=deep, given=given)
 

@@ -73,6 +73,8 @@ _NUMBERS: dict[str, dict[int, str]] = {
     "native_dropout_backward": {1: "mask"},
 }
 """Arguments of which a small error would grow without bound, or that are small anyway."""
+_STATISTICS = frozenset({"mean", "variance", "rstd", "inverse deviation", "statistics", "logsumexp"})
+"""Those of them that summarise another argument of the same operator."""
 _DECIDING = frozenset(
     {
         *("eq", "ne", "lt", "le", "gt", "ge", "sign", "sgn", "floor", "ceil", "round", "trunc", "frac", "remainder"),
@@ -161,6 +163,13 @@ class SavedValue:
         if self.spares_the_loss and info(self.node).block == LOSS_BLOCK:
             return "the loss, of which an error would reach every gradient,"
         return ""
+
+    @property
+    def is_statistic(self) -> bool:
+        """Whether what needs it exactly also reads what it summarises: if that changes, it may change with it."""
+        if self.of_parameters or (self.spares_the_loss and info(self.node).block == LOSS_BLOCK):
+            return False
+        return all(one.what in _STATISTICS for one in self.readings if one.demand is Demand.EXACT)
 
     def demanding(self, *demands: Demand) -> SavedValue:
         """The same value, with only the readers of some demands."""

@@ -737,7 +737,7 @@ class JointGraph(GraphCore):
         for node in made:
             anchor.prepend(node)
 
-    def recompute(self, nodes: Collection[fx.Node], *, keep_blocks: bool = False) -> int:
+    def recompute(self, nodes: Collection[fx.Node], *, keep_blocks: bool = False, each_block: bool = False) -> int:
         """Let the backward compute forward values again instead of reading saved ones.
 
         ATen level only. Random and mutating operators are not repeated: what the backward needs of them stays saved.
@@ -747,6 +747,8 @@ class JointGraph(GraphCore):
             nodes: Forward operators; those of them that the backward needs, directly or for others, are repeated.
             keep_blocks: Label what is repeated with its own block, and not with its reader's: for a backward that
                 passes nothing from block to block and may run in the order of the forward.
+            each_block: Repeat an operator anew for every block whose backward needs it, so that nothing that is
+                repeated lives on from block to block; otherwise once for all.
 
         Returns:
             How many operators were repeated.
@@ -755,32 +757,39 @@ class JointGraph(GraphCore):
             raise RuleError("recompute works on the expanded graph", remedy="declare `level = 'aten'` in the pass")
         allowed = {n for n in nodes if not is_backward(n) and not is_impure(producer(n))}
         position = {node: i for i, node in enumerate(self.nodes)}
+
+        def place(reader: fx.Node) -> str:
+            return info(reader).block if each_block else ""
+
         # what each reader is given again, and what that needs, each in the graph's order
-        reader_of: dict[fx.Node, fx.Node] = {}
+        reader_of: dict[tuple[str, fx.Node], fx.Node] = {}
         readers = [n for n in reversed(self.backward_nodes()) if runs_later(n)]
         for reader in readers:
             stack = [s for s in reader.all_input_nodes if isinstance(value(s), (torch.Tensor, tuple, list))]
             while stack:
                 source = stack.pop()
                 if source in allowed:
-                    if source not in reader_of:
+                    if (place(reader), source) not in reader_of:
                         stack += source.all_input_nodes
-                    reader_of[source] = reader
-        repeated: dict[fx.Node, fx.Node] = {}
-        for node in sorted(reader_of, key=position.__getitem__):
-            own = info(reader_of[node])
+                    reader_of[place(reader), source] = reader
+        repeated: dict[str, dict[fx.Node, fx.Node]] = {}
+        for there, node in sorted(reader_of, key=lambda key: position[key[1]]):
+            own = info(reader_of[there, node])
             block = info(node).block if keep_blocks else own.block
             like = info(node).but(role=Role.COTANGENT, copy=own.copy, block=block, stage="")
-            repeated[node] = self._again(node, repeated, like)
+            mine = repeated.setdefault(there, {})
+            mine[node] = self._again(node, mine, like)
         for reader in readers:
+            mine = repeated.get(place(reader), {})
             for source in reader.all_input_nodes:
-                if source in repeated and isinstance(value(source), (torch.Tensor, tuple, list)):
-                    reader.replace_input_with(source, repeated[source])
-        for again in reversed(repeated.values()):
-            if again.users:
-                min(again.users).prepend(again)
+                if source in mine and isinstance(value(source), (torch.Tensor, tuple, list)):
+                    reader.replace_input_with(source, mine[source])
+        for mine in repeated.values():
+            for again in reversed(mine.values()):
+                if again.users:
+                    min(again.users).prepend(again)
         self.prune(backward_only=True)
-        return len(repeated)
+        return sum(map(len, repeated.values()))
 
     def _again(self, node: fx.Node, repeated: Mapping[fx.Node, fx.Node], like: NodeInfo) -> fx.Node:
         """An operator once more, on what was repeated of its inputs."""

@@ -88,21 +88,25 @@ def lengthened(rows: torch.Tensor, size: Any) -> torch.Tensor:
     return torch.slice_scatter(rows.new_zeros(size, *rows.shape[1:]), rows, 0, 0, rows.shape[0])
 
 
-def pad_end(flat: torch.Tensor, multiple: int) -> torch.Tensor:
-    """One-dimensional, lengthened by copies of its last element to a multiple of a number; see `lengthened`."""
+def pad_end(flat: torch.Tensor, multiple: int, *, zeros: bool = False) -> torch.Tensor:
+    """One-dimensional, lengthened by copies of its last element or zeros to a multiple of a number."""
     count = flat.shape[0]
     size: Any = (count + multiple - 1) // multiple * multiple
     if statically_known_true(size == count):
         return flat
-    return torch.slice_scatter(flat.narrow(0, count - 1, 1).expand(size), flat, 0, 0, count)
+    filling = flat.new_zeros(1) if zeros else flat.narrow(0, count - 1, 1)
+    return torch.slice_scatter(filling.expand(size), flat, 0, 0, count)
 
 
-def to_groups(tensor: torch.Tensor, group: int) -> torch.Tensor:
-    """Rows of `group` elements in row-major order; the last row is filled up with copies of the last element."""
+def to_groups(tensor: torch.Tensor, group: int, *, zeros: bool = False) -> torch.Tensor:
+    """Rows of `group` elements in row-major order; the last one is filled up with copies of its last element, or zeros.
+
+    Copies leave the range of a group as it is, zeros are never among its largest.
+    """
     flat = tensor.reshape(-1)
     count = flat.shape[0]
     rows = (count + group - 1) // group
-    return pad_end(flat, group).view(rows, group)
+    return pad_end(flat, group, zeros=zeros).view(rows, group)
 
 
 def from_groups(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

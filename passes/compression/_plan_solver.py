@@ -15,6 +15,8 @@ INFEASIBLE = 2
 """What scipy calls a problem without a solution."""
 UNIT = 0.01
 """One per cent of gradient error weighs as much as one per cent of the step's time."""
+EARLY = 0.1
+"""How much more it weighs to bring a value back when everything else is still saved than when nothing is."""
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Candidate:
         chain: The operators that compute it again, in order; empty if it cannot be.
         frontier: The saved values that the chain starts from.
         ancestors: Those, and what they are recomputed from in turn.
+        beside: The part of all saved bytes that is still there when it is read first: the peak grows by what is brought
+            back then.
     """
 
     saved: SavedValue
@@ -70,6 +74,7 @@ class Candidate:
     chain: list[fx.Node] = field(default_factory=list)
     frontier: list[fx.Node] = field(default_factory=list)
     ancestors: set[fx.Node] = field(default_factory=set)
+    beside: float = 0.0
 
     @property
     def lossy(self) -> bool:
@@ -151,7 +156,11 @@ def solve(problem: Problem, time_limit: float) -> list[int] | None:
     fewest = problem.budget < 0
     pairs = [] if fewest else [pair for pair in problem.pairs if max(pair.costs.values(), default=0.0) > 1e-9]
     worst = [max(pair.costs.values()) for pair in pairs]
-    cost = [float(x.nbytes) if fewest else x.cost(problem.time) for c in candidates for x in c.choices] + worst
+    weight = [problem.time * (1 + EARLY * c.beside) for c in candidates]
+    cost = [
+        float(x.nbytes) if fewest else x.cost(w) for c, w in zip(candidates, weight, strict=True) for x in c.choices
+    ]
+    cost += worst
     rows: list[dict[int, float]] = []
     low: list[float] = []
     high: list[float] = []
@@ -169,7 +178,8 @@ def solve(problem: Problem, time_limit: float) -> list[int] | None:
         for k in (index[s] for s in c.ancestors if mine is not None and s in index):
             for j, choice in enumerate(candidates[k].choices):
                 whole = getattr(choice.codec, "name", "") == "mask"
-                if mine is not None and (whole or (choice.lossy and c.saved.needed_exactly)):
+                exactly = c.saved.needed_exactly and not c.saved.is_statistic
+                if mine is not None and (whole or (choice.lossy and exactly)):
                     constrain({mine: 1.0, first[k] + j: 1.0}, -np.inf, 1)
     for i, k in problem.apart:
         both = (again[i], again[k])

@@ -50,7 +50,10 @@ ROUNDS = 4
 DEPTH = 8
 """Over how many other values an error is followed through recomputations."""
 HELD = 1000.0
-"""What it weighs to bring all saved bytes back before their readers; more than time, less than a ruined gradient."""
+"""What it weighs to recompute all saved bytes for other blocks than that of their readers; more than time, less than a
+ruined gradient."""
+INSIDE = 3.0
+"""What it weighs to bring them back before their readers, within a block."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class PlanMemory(Pass):
     An integer program minimises (gradient error / 1 %)^2 + time / 1 %, summed over values, with the sum of the errors
     below `error` if any plan that fits the budget is. The error that each codec brings is measured: the backward runs
     again with the one value changed, on the example batch. Where a value is recomputed from an encoded one, over others
-    or not, it is computed again from the decoded numbers, and its change weighs as much as one of its own codec. The
-    plan is measured as a whole, and made again with less error if it is above the limit. Time is predicted from
-    operations and bytes.
+    or not, it is computed again from the decoded numbers, and its change weighs as much as one of its own codec;
+    statistics, which no codec takes, may change with what they summarise. The plan is measured as a whole, and made
+    again with less error if it is above the limit. Time is predicted from operations and bytes.
 
     Args:
         budget: A fraction of backpropagation's saved bytes, or an integer: bytes at the example's sizes.
@@ -79,6 +82,8 @@ class PlanMemory(Pass):
     name = "plan_memory"
     level = "aten"
     summary = "choose per saved value among keep, mask, codec, recompute and offload, under a budget"
+    each_block = True
+    """Whether what several blocks recompute runs for each of them: a lower peak, but more operations."""
 
     @property
     def relative(self) -> bool:
@@ -123,7 +128,7 @@ class PlanMemory(Pass):
             elif choice.codec is not None:
                 encoded.append((candidate, choice))
         if again:
-            graph.recompute(set(again))
+            graph.recompute(set(again), each_block=self.each_block)
         by_node = {v.node: v for v in saved_values(graph)} if again else {v.node: v for v in values}
         for candidate, choice in encoded:
             # recomputation may have added readers
@@ -140,26 +145,35 @@ class PlanMemory(Pass):
     def choose(self, graph: JointGraph, candidates: list[Candidate], budget: int) -> list[int]:
         """The plan: the number of each candidate's choice.
 
-        If the budget allows it, one in which no block recomputes from what another block reads.
-        What is recomputed on the way to a value that is read sooner lives until its own reader: chains through several
-        blocks would bring all of their values back at once, and the peak would grow as the budget shrinks.
+        If the budget allows it, one in which no block recomputes from what another block reads: chains through several
+        blocks run once for each of them. Within a block, what is recomputed on the way to a value that is read sooner
+        lives until its own reader: the more of that, the higher the peak.
         """
         kept = sum(c.saved.nbytes for c in candidates)
         errors = _Errors(graph, candidates) if kept > budget and any(c.lossy for c in candidates) else None
         index = {c.saved.node: i for i, c in enumerate(candidates)}
-        read_in = [info(min(r.reader for r in c.saved.readings)).block for c in candidates]
+        first = [min(r.reader for r in c.saved.readings) for c in candidates]
+        turn = {reader: i for i, reader in enumerate(sorted(set(first)))}
+        read_in = [info(reader).block for reader in first]
         apart = frozenset(
             (i, index[source])
             for i, c in enumerate(candidates)
             for source in c.frontier
             if source in index and read_in[index[source]] != read_in[i] != LOSS_BLOCK
         )
-        pairs = errors.pairs if errors else []
         held = [
             Pair(i, k, (), {again: HELD * candidates[k].saved.nbytes / kept}, lossy=False)
             for i, k in apart
             if candidates[i].recompute is not None and (again := candidates[k].recompute) is not None
         ]
+        inside = [
+            Pair(i, k, over, {again: INSIDE * candidates[k].saved.nbytes / kept}, lossy=False)
+            for k, c in enumerate(candidates)
+            if (again := c.recompute) is not None
+            for i, over in _recomputed_from(candidates, index, k).items()
+            if read_in[i] == read_in[k] and turn[first[i]] + 1 < turn[first[k]]
+        ]
+        pairs = [*(errors.pairs if errors else ()), *inside]
         problems = Problem(candidates, budget, pairs, apart), Problem(candidates, budget, [*pairs, *held])
         if errors is None:
             return solve(problems[0], self.time_limit) or self._choose(problems[1])
@@ -234,6 +248,10 @@ class PlanMemory(Pass):
                 if node not in candidate.ancestors:
                     candidate.ancestors.add(node)
                     stack += by_node[node].frontier if node in by_node else []
+        there = 0
+        for candidate in sorted(found, key=lambda c: min(r.reader for r in c.saved.readings), reverse=True):
+            there += candidate.saved.nbytes
+            candidate.beside = there / sum(c.saved.nbytes for c in found)
         return found
 
 
@@ -287,7 +305,7 @@ class _Errors:
         weight = self._weight(k, norms[coarsest], back[coarsest])
         for j, norm in norms.items():
             candidate.choices[j].error = weight * norm
-        through = self._recomputed_from(k)
+        through = _recomputed_from(self._candidates, self._index, k, changed=True)
         env = self._run.again(
             sorted({n for i in through for n in self._candidates[i].chain}), {candidate.saved.node: back[coarsest]}
         )
@@ -307,19 +325,26 @@ class _Errors:
             self._weights[i] = self._run.error({node: changed}, self._values) / norm
         return self._weights.get(i, 0.0)
 
-    def _recomputed_from(self, k: int) -> dict[int, tuple[int, ...]]:
-        """Values that may be recomputed from one -> the fewest that have to be recomputed in between."""
-        found: dict[int, tuple[int, ...]] = {k: ()}
-        for i, c in enumerate(self._candidates):
-            if i == k or c.recompute is None or c.saved.needed_exactly:
-                continue
-            sources = [self._index[s] for s in c.frontier if self._index.get(s) in found]
-            if sources:
-                over = min((() if s == k else (*found[s], s) for s in sources), key=len)
-                if len(over) <= DEPTH:
-                    found[i] = over
-        del found[k]
-        return found
+
+def _recomputed_from(
+    candidates: Sequence[Candidate], index: dict[fx.Node, int], k: int, *, changed: bool = False
+) -> dict[int, tuple[int, ...]]:
+    """Values that may be recomputed from one -> the fewest that have to be recomputed in between.
+
+    With `changed`: from one that comes back changed.
+    """
+    found: dict[int, tuple[int, ...]] = {k: ()}
+    for i, c in enumerate(candidates):
+        exactly = changed and c.saved.needed_exactly and not c.saved.is_statistic
+        if i == k or c.recompute is None or exactly:
+            continue
+        sources = [index[s] for s in c.frontier if index.get(s) in found]
+        if sources:
+            over = min((() if s == k else (*found[s], s) for s in sources), key=len)
+            if len(over) <= DEPTH:
+                found[i] = over
+    del found[k]
+    return found
 
 
 def check_budget(budget: Any) -> None:

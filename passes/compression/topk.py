@@ -46,7 +46,7 @@ class TopK(SavedCodec):
 
     def encode(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """Numbers and places."""
-        rows = to_groups(tensor, self.group)
+        rows = to_groups(tensor, self.group, zeros=True)
         places = rows.abs().topk(self.kept, dim=1, sorted=False).indices
         return [rows.gather(1, places), places.to(torch.uint8)]
 
@@ -58,6 +58,6 @@ class TopK(SavedCodec):
 
     def bound(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The smallest magnitude that is kept in the element's group."""
-        rows = to_groups(tensor, self.group).abs().to(torch.float64)
+        rows = to_groups(tensor, self.group, zeros=True).abs().to(torch.float64)
         least = rows.topk(self.kept, dim=1).values[:, -1:]
         return from_groups(least.expand_as(rows), torch.empty(tensor.shape, dtype=torch.float64))
