@@ -79,6 +79,15 @@ def test_topk_keeps_elements_that_are_there(count):
     assert found[-1] == 5.0
 
 
+def test_topk_leaves_dropout_masks_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 4))
+    x, y = torch.randn(6, 8), torch.randint(0, 4, (6,))
+    rows = gr.compile(model, compress="topk", example_inputs=x, example_targets=y).report().saved
+    kinds = {row.operator: row.codec for row in rows if row.kind == "activation" and row.module == "1"}
+    assert kinds["div"] == ""
+    assert kinds["mul"] == "topk"
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_error_is_within_the_declared_bound(name):
     codec = textform.build("codec", name)

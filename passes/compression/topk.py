@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from graphrewrite.passes.compression._packing import from_groups, to_groups
+from graphrewrite.passes.compression.mask import dropout_scale
 
+from graphrewrite.analysis.demands import SavedValue
 from graphrewrite.errors import RuleError
-from graphrewrite.graph.codec import SavedCodec
+from graphrewrite.graph.codec import Declined, SavedCodec
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class TopK(SavedCodec):
             raise RuleError(f"topk: fraction={self.fraction} is not in (0, 1]")
         if not 1 <= self.group <= 256:
             raise RuleError(f"topk: group={self.group} is not in 1 to 256", remedy="an index takes one byte")
+
+    def fit(self, saved: SavedValue) -> SavedCodec | Declined:
+        """Dropout masks are left alone: their elements are equal, and which are the largest says nothing."""
+        if dropout_scale(saved.node) is not None:
+            return Declined("a dropout mask has no largest elements; `mask` in front of topk stores it in one bit each")
+        return super().fit(saved)
 
     @property
     def kept(self) -> int:
