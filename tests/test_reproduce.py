@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pathlib
 import sys
 
 import pytest
 
-from benchmarks import common
-from benchmarks.reproduce import (
-    course,
-    dfa_real,
-    feedback_mnist,
-    ff_variants,
-    forward_mnist,
-    learning,
-    local_cifar,
-    local_mnist,
-    pepita_cifar,
-)
-
 CASES = {
-    "dfa_real": (dfa_real, [], ["dfa_cora", "dfa_shakespeare"]),
-    "feedback_mnist": (feedback_mnist, ["--nets", "mlp"], ["feedback_mnist_mlp_640"]),
-    "ff_variants": (ff_variants, [], ["ff_mnist", "forward_gnn"]),
-    "forward_mnist": (forward_mnist, ["--rules", "bp@1e-2", "pepita@3e-2"], ["forward_mnist"]),
-    "learning": (learning, ["--rules", "bp,dfa", "--width", "16"], ["learning"]),
-    "local_cifar": (local_cifar, ["--rules", "bp", "mono_forward"], ["local_cifar"]),
-    "local_mnist": (local_mnist, ["--rules", "bp", "mono_forward"], ["local_mnist"]),
-    "pepita_cifar": (pepita_cifar, [], ["pepita_cifar"]),
+    "dfa_real": ([], ["dfa_cora", "dfa_shakespeare"]),
+    "feedback_mnist": (["--nets", "mlp"], ["feedback_mnist_mlp_640"]),
+    "ff_variants": ([], ["ff_mnist", "forward_gnn"]),
+    "forward_mnist": (["--rules", "bp@1e-2", "pepita@3e-2"], ["forward_mnist"]),
+    "learning": (["--rules", "bp,dfa", "--width", "16"], ["learning"]),
+    "local_cifar": (["--rules", "bp", "mono_forward"], ["local_cifar"]),
+    "local_mnist": (["--rules", "bp", "mono_forward"], ["local_mnist"]),
+    "pepita_cifar": ([], ["pepita_cifar"]),
 }
 
 
@@ -38,7 +26,12 @@ CASES = {
 def test_a_trial_writes_its_rows_and_leaves_the_kept_ones(
     name: str, data_folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, words, files = CASES[name]
+    words, files = CASES[name]
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent))  # the benchmarks are not installed
+    common, course, script = (
+        importlib.import_module(f"benchmarks.{module}")
+        for module in ("common", "reproduce.course", f"reproduce.{name}")
+    )
     for module in (common, course, *([script] if hasattr(script, "RESULTS") else [])):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--data", str(data_folder), *words])
