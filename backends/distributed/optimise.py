@@ -12,8 +12,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from graphrewrite.backends.distributed.repeated import orders
 from graphrewrite.backends.distributed.search import beam
@@ -129,44 +129,53 @@ def optimise(
     if cap is not None and cap < need:
         raise RuleError(f"one micro-batch takes {need:g} bytes in one process, the cap is {cap:g}")
     bound = lower_bound(costs, place, micro_batches, communication, cap)
-    best: tuple[float, float, list[list[Action]]] | None = None
-
-    def runs() -> Iterator[list[list[Action]] | None]:
-        for order, eager, deep in itertools.product(("IFW", "FIW", "IWF"), (True, False), (True, False)):
-            for slack in range(0, 2 * ranks + 1, max(1, ranks // 2)):
-                limits = [cap if cap is not None else need * (ranks + slack)] * ranks
-                yield greedy(costs, place, micro_batches, communication, limits, order, eager=eager, deep=deep)
-        if best is not None and best[0] <= bound + _CLOSE:
-            return
-        limits = [math.inf if cap is None else cap] * ranks
-        for given, deep in itertools.product(orders(place, micro_batches), (True, False)):
-            yield greedy(costs, place, micro_batches, communication, limits, deep=deep, given=given)
-
-    for actions in runs():
-        if actions is None:
-            continue
-        timeline = simulate(actions, costs, communication=communication)
-        if cap is not None and max(timeline.peak) > cap:
-            continue
-        key = (round(timeline.makespan, 9), max(timeline.peak))
-        if best is None or key < best[:2]:
-            best = (timeline.makespan, key[1], actions)
-    known = best[0] if best else math.inf
     limit = math.inf if cap is None else cap
-    if width and known > bound + _CLOSE:
-        found = beam(costs, place, micro_batches, communication, limit, width=width, below=known, bound=bound)
-        if found is not None:
-            timeline = simulate(found, costs, communication=communication)
-            best, known = (timeline.makespan, max(timeline.peak), found), timeline.makespan
+
+    def better(best: Optimised | None, tried: Iterable[list[list[Action]] | None]) -> Optimised | None:
+        """The shortest within the cap; of equally long ones that which holds least."""
+        for actions in tried:
+            if actions is None:
+                continue
+            timeline = simulate(actions, costs, communication=communication)
+            if max(timeline.peak) <= limit * (1 + _CLOSE) and (best is None or _key(timeline) < _key(best.timeline)):
+                best = Optimised(actions, timeline, bound)
+        return best
+
+    def length(best: Optimised | None) -> float:
+        return math.inf if best is None else best.timeline.makespan
+
+    # without a cap, several depths of warm-up
+    rooms = [cap] if cap is not None else [need * n for n in range(ranks, 3 * ranks + 1, max(1, ranks // 2))]
+    free = (
+        greedy(costs, place, micro_batches, communication, room, order, eager=eager, deep=deep)
+        for order, eager, deep in itertools.product(("IFW", "FIW", "IWF"), (True, False), (True, False))
+        for room in rooms
+    )
+    best = better(None, free)
+    if length(best) > bound + _CLOSE:
+        repeated = (
+            greedy(costs, place, micro_batches, communication, limit, deep=deep, given=given)
+            for given, deep in itertools.product(orders(place, micro_batches), (True, False))
+        )
+        best = better(best, repeated)
+    if width and length(best) > bound + _CLOSE:
+        below = length(best)
+        found = beam(costs, place, micro_batches, communication, limit, width=width, below=below, bound=bound)
+        best = better(best, [found])
     if best is None:
         raise RuleError("no schedule keeps the cap", remedy="raise the cap, or cut the model into more stages")
-    if solve_seconds and known > bound + _CLOSE:
+    if solve_seconds and length(best) > bound + _CLOSE:
+        below = length(best)
         solved, bound = solve(
-            costs, place, micro_batches, communication, cap, bound=bound, below=known, seconds=solve_seconds
+            costs, place, micro_batches, communication, cap, bound=bound, below=below, seconds=solve_seconds
         )
-        if solved is not None and simulate(solved, costs, communication=communication).makespan < known:
-            best = (known, 0.0, solved)
-    return Optimised(best[2], simulate(best[2], costs, communication=communication), bound)
+        best = better(best, [solved])
+        assert best is not None
+    return replace(best, bound=bound)
+
+
+def _key(timeline: Timeline) -> tuple[float, float]:
+    return round(timeline.makespan, 9), max(timeline.peak)
 
 
 def greedy(
@@ -174,7 +183,7 @@ def greedy(
     place: Sequence[int],
     micro_batches: int,
     communication: float = 0.0,
-    limits: Sequence[float] | None = None,
+    limit: float = math.inf,
     order: str = "IFW",
     *,
     eager: bool = False,
@@ -183,12 +192,11 @@ def greedy(
 ) -> list[list[Action]] | None:
     """One run: whenever a process is free, the best of what is ready; None if it stops.
 
-    `limits` are the bytes that each process may hold (None: any), `order` the kinds by preference. `eager`: of
+    `limit` is the number of bytes that a process may hold, `order` the kinds by preference. `eager`: of
     forwards, those of later stages go first. `deep`: weight gradients wait if something else could start before they
     are half over. `given`: the order that all but weight gradients keep.
     """
     last, ranks = len(costs) - 1, max(place) + 1
-    room = limits or [math.inf] * ranks
     waiting: list[dict[Action, float]] = [{} for _ in range(ranks)]
     waiting[place[0]] = {Action("F", 0, mb): 0.0 for mb in range(micro_batches)}
     live = [0.0] * ranks
@@ -205,12 +213,12 @@ def greedy(
     def fits(action: Action) -> bool:
         if action.kind != "F":
             held = costs[action.stage].held - costs[action.stage].saved if action.kind == "I" else 0.0
-            return live[place[action.stage]] + held <= room[place[action.stage]]
+            return live[place[action.stage]] + held <= limit
         rank = place[action.stage]
         # the way back of what is on its way must stay free: first stages leave room for their later ones
         later = sum(costs[s].saved for s in range(action.stage + 1, last + 1) if place[s] == rank)
         then = live[rank] + costs[action.stage].saved
-        return then + later <= room[rank] or (action.stage > 0 and then <= room[rank])
+        return then + later <= limit or (action.stage > 0 and then <= limit)
 
     def next_in_turn(action: Action) -> bool:
         rank = place[action.stage]

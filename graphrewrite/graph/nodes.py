@@ -389,6 +389,17 @@ def hint(size: Any) -> int:
     return 1 if getattr(known, "free_symbols", ()) else int(known)
 
 
+def same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are equal for every input: compared as formulas, for comparing symbolic ones would fix them."""
+    return str(one) == str(other)
+
+
+def same_shape(one: Iterable[Any], other: Iterable[Any]) -> bool:
+    """Whether two shapes, or parts of shapes, are equal for every input."""
+    sizes, others = tuple(one), tuple(other)
+    return len(sizes) == len(others) and all(map(same_size, sizes, others))
+
+
 def unobserved(val: Any) -> set[Any]:
     """Symbols of a tensor's sizes that depend on data and that no example has told yet."""
     sizes: Iterable[Any] = val.shape if isinstance(val, torch.Tensor) else ()

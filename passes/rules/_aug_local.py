@@ -27,6 +27,8 @@ from graphrewrite.graph.nodes import (
     fix,
     info,
     is_float,
+    same_shape,
+    same_size,
     spec_of,
     value,
 )
@@ -177,14 +179,14 @@ def _statistic(name: str) -> Fill:
 def _adapted(graph: JointGraph, tail: fx.Node, entry: fx.Node, block: str, prefix: str) -> fx.Node | None:
     """`tail` in the shape of `entry`: itself, or behind a linear map; None if the two do not compare."""
     have, want = value(tail), value(entry)
-    if [str(s) for s in have.shape] == [str(s) for s in want.shape] and have.dtype == want.dtype:
+    if same_shape(have.shape, want.shape) and have.dtype == want.dtype:
         return tail
     if have.dim() != want.dim() or have.dim() < 2 or have.dtype != want.dtype:
         return None
     channels = have.dim() > 2 and is_map(entry) and is_map(tail)
     axis = 1 if channels else have.dim() - 1
     others = [i for i in range(have.dim()) if i != axis and not (channels and i > 1)]
-    if any(str(have.shape[i]) != str(want.shape[i]) for i in others):
+    if any(not same_size(have.shape[i], want.shape[i]) for i in others):
         return None
     outputs, inputs = fix(want.shape[axis]), fix(have.shape[axis])
     size = tuple(map(fix, want.shape[2:])) if channels else ()

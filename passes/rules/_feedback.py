@@ -19,7 +19,7 @@ from torch import fx
 from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import fix, hint, info, is_backward, value
+from graphrewrite.graph.nodes import fix, hint, info, is_backward, same_size, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import FINER_BLOCKS, Rule
 
@@ -102,7 +102,7 @@ class Projection:
         e, h = value(error), value(boundary)
         classes = fix(e.shape[-1])
         batch = 0
-        while batch < min(e.dim() - 1, h.dim() - 1) and str(e.shape[batch]) == str(h.shape[batch]):
+        while batch < min(e.dim() - 1, h.dim() - 1) and same_size(e.shape[batch], h.shape[batch]):
             batch += 1
         if batch == 0:
             raise RuleError(

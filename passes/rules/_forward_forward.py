@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import NodeInfo, Role, Target, UserInput, fix, info, value
+from graphrewrite.graph.nodes import NodeInfo, Role, Target, UserInput, fix, info, same_size, value
 
 Collaboration = Literal["none", "previous", "all"]
 
@@ -117,7 +117,7 @@ def sized_like(graph: JointGraph, x: fx.Node, new: fx.Node, label: str) -> dict[
 
     A size that inputs and targets share is one symbol, and the captured forward may read it off the targets.
     """
-    if str(value(new).shape[0]) == str(value(x).shape[0]):
+    if same_size(value(new).shape[0], value(x).shape[0]):
         return {}
     targets = [n for s, n in graph.inputs.items() if isinstance(s, Target) and value(n).dim() > 0]
     return {

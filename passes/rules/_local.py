@@ -10,7 +10,7 @@ from torch import fx
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.core import Block
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import LOSS_BLOCK, Target, UserInput, fix, hint, info, is_float, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, Target, UserInput, fix, hint, info, is_float, same_size, value
 from graphrewrite.rule import FINER_BLOCKS
 
 RMS_EPS = 1e-8
@@ -55,7 +55,7 @@ def refuse_other_batches(values: Sequence[fx.Node], y: fx.Node) -> None:
     """Values that are compared with the labels row by row have as many rows: not the nodes of several graphs."""
     for node in values:
         rows, labels = value(node).shape[0], value(y).shape[0]
-        if str(rows) != str(labels):
+        if not same_size(rows, labels):
             raise RuleError(
                 "this rule compares every row with a label of its own, and there are "
                 f"{hint(labels)} labels for {hint(rows)} rows, numbers that need not be the same",

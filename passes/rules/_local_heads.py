@@ -13,6 +13,7 @@ from graphrewrite.passes.rules._site import Site, Teacher, average_pool
 from torch.nn import functional as F
 
 from graphrewrite.errors import RuleError
+from graphrewrite.graph.nodes import same_size
 
 Tokens = Literal["mean", "first", "last"]
 
@@ -97,7 +98,7 @@ class Sim(Head):
             return site.pooled(F.linear(h, a)).flatten(0, site.batch - 1)
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[h.dim() - 2]
         made = conv(h, a, padding=1).flatten(2)
-        if str(made.shape[2]) == "1":
+        if same_size(made.shape[2], 1):
             return made.flatten(1)
         return (made.var(2) + 1e-8).sqrt()
 

@@ -26,6 +26,7 @@ from graphrewrite.graph.nodes import (
     is_float,
     outputs_of,
     producer,
+    same_size,
     spec_of,
     value,
 )
@@ -133,7 +134,7 @@ def where_samples_meet(graph: JointGraph, answer: fx.Node, perturbed: Sequence[f
 
     Each sample is a position of dimension 0. Operators that are not known to keep samples apart count as mixing.
     """
-    batch = str(value(answer).shape[0]) if value(answer).dim() else ""
+    batch = value(answer).shape[0] if value(answer).dim() else None
     reached: set[fx.Node] = set()
     for node in perturbed:
         if not _keeps_batch(node, batch):
@@ -152,9 +153,9 @@ def where_samples_meet(graph: JointGraph, answer: fx.Node, perturbed: Sequence[f
     return None
 
 
-def _keeps_batch(node: fx.Node, batch: str) -> bool:
+def _keeps_batch(node: fx.Node, batch: Any) -> bool:
     val = value(node)
-    return isinstance(val, torch.Tensor) and val.dim() > 0 and str(val.shape[0]) == batch
+    return isinstance(val, torch.Tensor) and val.dim() > 0 and same_size(val.shape[0], batch)
 
 
 def _shape(node: fx.Node) -> str:

@@ -29,6 +29,7 @@ from graphrewrite.graph.nodes import (
     info,
     is_backward,
     is_float,
+    same_size,
     value,
 )
 from graphrewrite.graph.ops import ACTIVATIONS, POOLS, is_pointwise, is_random
@@ -135,7 +136,7 @@ def _difference(positions: Callable[[torch.Tensor, torch.Tensor], Any]) -> Calla
 def _positions(activity: fx.Node, answer: fx.Node) -> Callable[[torch.Tensor, torch.Tensor], Any]:
     """How many positions of an activity stand for one row of the answer."""
     h, a, axis = value(activity), value(answer), feature_axis(activity)
-    if h.dim() == 2 and a.dim() == 2 and str(h.shape[0]) == str(a.shape[0]):
+    if h.dim() == 2 and a.dim() == 2 and same_size(h.shape[0], a.shape[0]):
         return lambda h, a: 1
 
     def count(h: torch.Tensor, a: torch.Tensor) -> Any:
@@ -149,7 +150,7 @@ def modulated_input(graph: JointGraph, task: Task, rule: str) -> fx.Node:
     """The first floating-point input of the model that shares its batch with the answer."""
     inputs = [n for s, n in graph.inputs.items() if isinstance(s, UserInput)]
     for node in inputs:
-        if is_float(node) and value(node).dim() > 1 and str(value(node).shape[0]) == str(value(task.answer).shape[0]):
+        if is_float(node) and value(node).dim() > 1 and same_size(value(node).shape[0], value(task.answer).shape[0]):
             return node
     kinds = ", ".join(str(value(n).dtype) for n in inputs if isinstance(value(n), torch.Tensor)) or "none"
     raise RuleError(

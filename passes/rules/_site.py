@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.core import Context
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import LOSS_BLOCK, fix, info, is_backward, value
+from graphrewrite.graph.nodes import LOSS_BLOCK, fix, info, is_backward, same_shape, same_size, value
 
 IGNORED = -100
 """The class index of samples that do not count, as in `torch.nn.functional.cross_entropy`."""
@@ -92,7 +92,7 @@ class Site:
         shared = 0
         while (
             shared < min(max(a.dim() - 1, 1), h.dim() - 1)
-            and str(h.shape[shared]) == str(a.shape[shared])
+            and same_size(h.shape[shared], a.shape[shared])
             and not (channels and shared == 1)
         ):
             shared += 1
@@ -173,7 +173,7 @@ class Site:
 
 def average_pool(h: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Average-pool the positions of a map to `size`."""
-    if all(str(have) == str(want) for have, want in zip(h.shape[2:], size, strict=True)):
+    if same_shape(h.shape[2:], size):
         return h
     pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(size)]
     pooled: torch.Tensor = pool(h, list(size))
@@ -184,10 +184,9 @@ def _dense(h: torch.Tensor, a: torch.Tensor) -> Literal["", "first", "last"]:
     """Whether an answer has one entry per position of a map."""
     if a.dim() != h.dim():
         return ""
-    positions = [str(size) for size in h.shape[2:]]
-    if [str(size) for size in a.shape[1:-1]] == positions:
+    if same_shape(a.shape[1:-1], h.shape[2:]):
         return "last"
-    return "first" if [str(size) for size in a.shape[2:]] == positions else ""
+    return "first" if same_shape(a.shape[2:], h.shape[2:]) else ""
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -214,7 +213,7 @@ class Teacher:
         if not isinstance(answer, torch.Tensor) or len(answer.shape) != len(want):
             got = _shape(answer) if isinstance(answer, torch.Tensor) else type(answer).__name__
             self._misfit(got)
-        if any(str(have) != str(size) for have, size in zip(answer.shape, want, strict=True)):
+        if not same_shape(answer.shape, want):
             self._misfit(_shape(answer))
         assert self.context.loss is not None
         assert self.context.outputs is not None

@@ -103,8 +103,9 @@ class ForwardGNN(Rule):
         hidden = hidden_blocks(graph)
         refuse_blocks_before(graph, hidden, self.name)
         refuse_silent_blocks(graph, [b.name for b in hidden])
-        refuse_other_batches(_layers(graph), label_input(graph))
-        widths = [fix(value(layer).shape[1]) for layer in _layers(graph)]
+        layers = _layers(graph)
+        refuse_other_batches(layers, label_input(graph))
+        widths = [fix(value(layer).shape[1]) for layer in layers]
         if self.top_down == "loss" and all(width not in widths[i + 1 :] for i, width in enumerate(widths)):
             raise RuleError(
                 f"top_down='loss' averages a layer's output with those above that are as wide, and there is none: the "

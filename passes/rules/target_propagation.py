@@ -17,7 +17,7 @@ from torch import fx
 from graphrewrite import random
 from graphrewrite.errors import RuleError
 from graphrewrite.graph.joint import JointGraph
-from graphrewrite.graph.nodes import NodeInfo, Role, StateUpdate, ancestors, hint, info, value
+from graphrewrite.graph.nodes import NodeInfo, Role, StateUpdate, ancestors, hint, info, same_size, value
 from graphrewrite.pipeline import PassResult
 from graphrewrite.rule import FINER_BLOCKS, Rule
 
@@ -161,7 +161,7 @@ class TargetPropagation(Rule):
 
     def _learn(self, graph: JointGraph, link: _Link) -> fx.Node:
         rows = [value(node).shape[0] for node in (link.source, link.output)]
-        if str(rows[0]) != str(rows[1]):
+        if not same_size(*rows):
             raise RuleError(
                 f"target_propagation inverts block {link.block} row by row, and it makes {hint(rows[1])} rows of "
                 f"{hint(rows[0])}, numbers that need not be the same",
