@@ -532,7 +532,7 @@ def test_errors_are_followed_through_recomputations():
 
     exact = gradient()[0]
     found, report = gradient(memory_budget=0.08)
-    taken = {line.codec for line in report.plan}
+    taken = {line.codec.partition("{")[0] for line in report.plan}
     assert "recompute" in taken
     assert taken & {"bf16", "int8", "int4", "int2"}, taken
     assert 0 < error(found, exact) < 0.01
@@ -540,7 +540,7 @@ def test_errors_are_followed_through_recomputations():
     # so little that statistics are recomputed as well, from what is stored with a codec
     found, report = gradient(memory_budget=0.03)
     assert {line.codec for line in report.plan if line.before == 4 * len(x)} == {"recompute"}
-    assert {line.codec for line in report.plan if line.operator == "add"} == {"int8"}
+    assert {line.codec.partition("{")[0] for line in report.plan if line.operator == "add"} == {"int8"}
     assert 0 < error(found, exact) < 0.01
 
 
