@@ -446,7 +446,7 @@ def whole_loops() -> Iterator[None]:
     from torch._inductor.codegen.cpp import CppScheduling
 
     if not hasattr(CppScheduling.try_loop_split, "leaves_nothing_over"):
-        CppScheduling.try_loop_split = _checked(CppScheduling.try_loop_split)
+        CppScheduling.try_loop_split = _checked(CppScheduling.try_loop_split)  # type: ignore[method-assign]
     token = _whole_loops.set(True)
     try:
         yield

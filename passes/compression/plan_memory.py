@@ -19,7 +19,7 @@ from torch import fx
 
 from graphrewrite import textform
 from graphrewrite.analysis.cost import flops
-from graphrewrite.analysis.demands import SavedValue, saved_values
+from graphrewrite.analysis.demands import Demand, SavedValue, saved_values
 from graphrewrite.analysis.recomputation import repeatable
 from graphrewrite.analysis.sensitivity import Sensitivity
 from graphrewrite.errors import RuleError, VerifyError
@@ -290,25 +290,25 @@ class _Errors:
         assert graph.context.example is not None
         self._run = Sensitivity(graph, graph.context.example(graph))
         self._candidates = candidates
-        self._values = {c.saved.node: c.saved for c in candidates}
         self._index = {c.saved.node: i for i, c in enumerate(candidates)}
-        self._weights: dict[int, float] = {}
-        """Gradient error for a change of a value of norm one."""
+        self._weights: dict[tuple[int, bool], float] = {}
+        """Gradient error for a change of norm one of a value, encoded or recomputed."""
         self.pairs = [pair for i in range(len(candidates)) for pair in self._choices(i)]
 
     def of(self, chosen: Sequence[int]) -> float:
         """The error of a plan, everything changed at once."""
         changed: dict[fx.Node, torch.Tensor] = {}
-        again = []
+        again, encoded = [], []
         for c, j in zip(self._candidates, chosen, strict=True):
             choice = c.choices[j]
             if choice.codec is not None and choice.lossy:
                 changed[c.saved.node] = self._run.round_trip(c.saved, choice.codec)
+                encoded.append(c.saved)
             elif j == c.recompute:
                 again.append(c)
         env = self._run.again(sorted({n for c in again for n in c.chain}), changed)
         changed.update({c.saved.node: env[c.saved.node] for c in again})
-        return self._run.error(changed, self._values)
+        return self._run.error(changed, encoded)
 
     def _choices(self, k: int) -> list[Pair]:
         """Fill in the errors of a value's lossy choices; returns what those bring to what is recomputed from it.
@@ -339,15 +339,20 @@ class _Errors:
             if not env[node].is_floating_point():
                 continue
             norm = float((env[node] - self._run.number(node)).to(torch.float64).norm())
-            harm = (self._weight(i, norm, env[node]) * norm / UNIT) ** 2
-            pairs.append(Pair(i, k, over, {j: harm * (one / norms[coarsest]) ** 2 for j, one in norms.items()}))
+            harm = (self._weight(i, norm, env[node], again=True) * norm / UNIT) ** 2
+            # as many comparisons change as numbers are near the constant: their error grows with the root of the change
+            power = 1 if self._compared(i) else 2
+            pairs.append(Pair(i, k, over, {j: harm * (one / norms[coarsest]) ** power for j, one in norms.items()}))
         return pairs
 
-    def _weight(self, i: int, norm: float, changed: torch.Tensor) -> float:
-        if i not in self._weights and norm:
-            node = self._candidates[i].saved.node
-            self._weights[i] = self._run.error({node: changed}, self._values) / norm
-        return self._weights.get(i, 0.0)
+    def _weight(self, i: int, norm: float, changed: torch.Tensor, *, again: bool = False) -> float:
+        saved, key = self._candidates[i].saved, (i, again and self._compared(i))
+        if key not in self._weights and norm:
+            self._weights[key] = self._run.error({saved.node: changed}, () if key[1] else (saved,)) / norm
+        return self._weights.get(key, 0.0)
+
+    def _compared(self, i: int) -> bool:
+        return any(one.demand is Demand.SIGN for one in self._candidates[i].saved.readings)
 
 
 def _recomputed_from(
