@@ -24,6 +24,9 @@ CODERS = {
 }
 """Backend -> a function from a codec to what encodes and decodes in its place, or to the codec itself."""
 
+FUSES = frozenset({"inductor"})
+"""Backends that compute neighbouring element-wise operators in one pass over the memory."""
+
 STAND_INS = {
     "triton": "graphrewrite.backends.triton.stand_ins:stand_ins",
 }

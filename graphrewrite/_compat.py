@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -423,12 +424,55 @@ def inductor_code(
 
     (output,) = module.graph.find_nodes(op="output")
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    with torch.no_grad(), config.patch(settings), tracing(TracingContext(detect_fake_mode(inputs))):
+    with torch.no_grad(), config.patch(settings), whole_loops(), tracing(TracingContext(detect_fake_mode(inputs))):
         module = compile_fx._recursive_joint_graph_passes(module)
         code: Callable[[list[Any]], Any] = compile_fx.compile_fx_inner(
             module, inputs, static_input_idxs=(), is_backward=is_backward
         )
     return code
+
+
+_whole_loops: ContextVar[bool] = ContextVar("_whole_loops", default=False)
+
+
+@contextlib.contextmanager
+def whole_loops() -> Iterator[None]:
+    """Keep Inductor's C++ code from splitting a loop whose length is no multiple of what it is split by.
+
+    Where an index is divided by a constant, as that of a group's scale is, the loop over n is made two, over n // d and
+    d. What is left over (torch 2.11 to 2.13) is never computed: the memory stays as it was allocated. Code that is
+    compiled outside of this context, in other threads too, stays as it is.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling
+
+    if not hasattr(CppScheduling.try_loop_split, "leaves_nothing_over"):
+        CppScheduling.try_loop_split = _checked(CppScheduling.try_loop_split)  # type: ignore[method-assign]
+    token = _whole_loops.set(True)
+    try:
+        yield
+    finally:
+        _whole_loops.reset(token)
+
+
+def _checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    def try_loop_split(self: Any, nodes: Any) -> Any:
+        return nodes if _whole_loops.get() and not all(map(_splits_evenly, nodes)) else original(self, nodes)
+
+    try_loop_split.leaves_nothing_over = True  # type: ignore[attr-defined]
+    return try_loop_split
+
+
+def _splits_evenly(node: Any) -> bool:
+    from torch._inductor.virtualized import V
+    from torch.utils._sympy.functions import FloorDiv
+
+    (sizes, _), body, (variables, _) = node.node.get_default_sizes_body()
+    divisions = {d for e in body.indexing_exprs.values() if hasattr(e, "find") for d in e.find(FloorDiv)}
+    return all(
+        V.graph.sizevars.statically_known_multiple_of(sizes[variables.index(dividend)], divisor)
+        for dividend, divisor in (division.args for division in divisions)
+        if dividend in variables
+    )
 
 
 def register_dynamo_backend(name: str, compiler: Callable[..., Any]) -> None:

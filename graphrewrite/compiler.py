@@ -14,7 +14,7 @@ from torch import nn
 from graphrewrite import observe, registry, textform
 from graphrewrite.analysis.blocks import Blocks, assign_blocks
 from graphrewrite.analysis.sparsity import tap_zeros
-from graphrewrite.backends import CODERS, STAND_INS, Run, Taken
+from graphrewrite.backends import CODERS, FUSES, STAND_INS, Run, Taken
 from graphrewrite.capture import Captured, capture
 from graphrewrite.errors import BackendError, VerifyError
 from graphrewrite.graph.core import NO_RULE
@@ -190,6 +190,7 @@ def _capture(model: nn.Module, options: Options, kind: Kind, inputs: Inputs, tar
         dynamic=options.dynamic,
     )
     captured.graph.context.seed = options.seed
+    captured.graph.context.fuses = options.backend in FUSES
     if options.backend in CODERS:
         captured.graph.context.coder = registry.load(CODERS[options.backend])
     if options.backend in STAND_INS:

@@ -115,6 +115,19 @@ def test_ten_batch_sizes_compile_every_stage_at_most_twice(rule, options, stages
     assert inductor.compiled_stages - before == stages
 
 
+def test_values_that_end_within_a_group():
+    """Inductor splits a loop over 96 elements in groups of 64 into one over 64, and leaves the rest as it was."""
+    model = nn.Sequential(nn.Linear(8, 96), nn.GELU(), nn.Linear(96, 3))
+    x, y = torch.randn(1, 8), torch.tensor([1])
+    found = []
+    for backend in ("inductor", "eager"):
+        compiled = gr.compile(model, compress="int8{group=64}", backend=backend, dynamic=None)
+        model.zero_grad()
+        compiled.loss(x, y).backward()
+        found.append(gradients(model))
+    assert_near(*found)
+
+
 @pytest.mark.parametrize("name", ["cnn", pytest.param("gcn", marks=pytest.mark.slow)])
 def test_what_inductor_is_given(name, uncompiled):
     """Decomposed stages; convolutions with batch-norm and dropout: the numbers come from torch's global generator."""

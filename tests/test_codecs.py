@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from graphrewrite.passes.compression._packing import pack, packed_size, unpack
+from graphrewrite.passes.compression._packing import pack, packed_size, round_down, round_up, unpack
 from graphrewrite.passes.compression.hadamard import rotate
 from graphrewrite.passes.compression.int8 import Int8
 from graphrewrite.passes.compression.mask import WindowIndex
@@ -86,6 +86,39 @@ def test_topk_leaves_dropout_masks_alone():
     kinds = {row.operator: row.codec for row in rows if row.kind == "activation" and row.module == "1"}
     assert kinds["div"] == ""
     assert kinds["mul"] == "topk"
+
+
+def test_scales_are_rounded_outwards_to_the_next_bfloat16():
+    x = torch.cat([torch.randn(4096) * 10.0 ** torch.randint(-38, 38, (4096,)), torch.randn(64).bfloat16().float()])
+    x = torch.cat([x, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, torch.inf, -torch.inf, torch.nan])])
+    up, down = round_up(x, torch.bfloat16), round_down(x, torch.bfloat16)
+    real = ~x.isnan()
+    assert (up.float() >= x)[real].all()
+    assert (down.float() <= x)[real].all()
+    assert up.isnan().equal(x.isnan())
+    fits = x.bfloat16().float() == x
+    assert (up.float() == x)[fits].all()
+    # neighbours, where it does not fit
+    between = real & ~fits & up.isfinite() & down.isfinite()
+    assert (up.view(torch.int16).int() - down.view(torch.int16).int())[between & (x > 0)].eq(1).all()
+    # the payload of a NaN must not carry into the sign
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    assert round_up(odd, torch.bfloat16).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4{symmetric=true,group=16}", "fp8", "hadamard", "lloyd"])
+@pytest.mark.parametrize("kind", ["normal", "offset"])
+def test_the_bound_holds_in_fused_code(name, kind):
+    """Inductor drops casts to bfloat16 and back: a minimum above its group clipped everything."""
+    codec = textform.build("codec", name)
+    torch.manual_seed(0)
+    x = torch.randn(16, 40) if kind == "normal" else 100.3 + 0.1 * torch.rand(16, 40)
+    torch.compiler.reset()
+    stored = torch.compile(lambda x: encode(codec, x), dynamic=False)(x)
+    torch.testing.assert_close(codec.decode(stored, x), codec.decode(encode(codec, x), x), rtol=1e-5, atol=1e-5)
+    bound = codec.bound(x)
+    if bound is not None:
+        assert ((codec.decode(stored, x).double() - x.double()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("name", LOSSY)

@@ -532,7 +532,7 @@ def test_errors_are_followed_through_recomputations():
 
     exact = gradient()[0]
     found, report = gradient(memory_budget=0.08)
-    taken = {line.codec for line in report.plan}
+    taken = {line.codec.partition("{")[0] for line in report.plan}
     assert "recompute" in taken
     assert taken & {"bf16", "int8", "int4", "int2"}, taken
     assert 0 < error(found, exact) < 0.01
@@ -540,8 +540,28 @@ def test_errors_are_followed_through_recomputations():
     # so little that statistics are recomputed as well, from what is stored with a codec
     found, report = gradient(memory_budget=0.03)
     assert {line.codec for line in report.plan if line.before == 4 * len(x)} == {"recompute"}
-    assert {line.codec for line in report.plan if line.operator == "add"} == {"int8"}
+    assert {line.codec.partition("{")[0] for line in report.plan if line.operator == "add"} == {"int8"}
     assert 0 < error(found, exact) < 0.01
+
+
+def test_masks_of_recomputed_values_are_not_exact():
+    """A ReLU that is recomputed from a code turns on and off elsewhere: half a percent of change, 5 % of error."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in (nn.Linear(64, 64), nn.ReLU())]
+    model, x, cotangent = nn.Sequential(*layers, nn.Linear(64, 64)), torch.randn(256, 64), torch.randn(256, 64)
+
+    def gradient(**options):
+        model.zero_grad()
+        compiled = gr.compile(model, dynamic=None, **options)
+        compiled(x).backward(cotangent)
+        return {n: p.grad.clone() for n, p in model.named_parameters()}, compiled.report()
+
+    exact, report = gradient()
+    for share in (0.5, 0.3, 0.1):
+        found, planned = gradient(memory_budget=int(share * report.saved_bytes))
+        assert error(found, exact) < 0.01, [(line.operator, line.codec) for line in planned.plan]
+    # nothing but codes, each with its mask, would do for the first
+    assert error(gradient(compress="int8")[0], exact) < 0.01
 
 
 def test_attention_without_dropout_draws_nothing():

@@ -156,7 +156,7 @@ def test_a_preset_is_the_list_that_it_stands_for():
     plans = []
     for compress in (
         "compact",
-        ["ms_norm", "mask", "recompute", "int8"],
+        ["ms_norm", "mask", "recompute", "int8{symmetric=true,group=64}"],
         ['none{only=["0"]}', "compact"],
         {"0": "compact"},
     ):

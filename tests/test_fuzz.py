@@ -154,6 +154,11 @@ def assert_within_bounds(program: Any, codec: str, seed: int) -> None:
     chosen = build_codec(codec)
     values = [v for v in losses[0].grad_fn.saved_tensors if v.is_floating_point() and v.numel()]
     for value in values:
+        groups = getattr(chosen, "groups", 1)
+        if value.ndim == 0 or value.shape[-1] % groups:
+            with pytest.raises(gr.RuleError, match=f"does not split into groups={groups}"):
+                chosen.encode(value)
+            continue
         draw = {"draw": lambda size: torch.rand(size)} if chosen.random else {}
         residuals = chosen.encode(value, **draw)
         residuals = [residuals] if isinstance(residuals, torch.Tensor) else list(residuals)
@@ -212,6 +217,10 @@ def test_codecs_keep_their_bounds_on_what_is_saved(program, codec, seed):
 
 
 # --- shrunk failures of earlier runs ---------------------------------------------------------------------------------
+
+
+def test_a_codec_by_groups_says_which_features_do_not_split():
+    assert_within_bounds([(33, 0, 0, 0), *[(0, 0, 0, 0)] * 4], "velora", 0)
 
 
 def test_recompute_of_views_that_a_schedule_moved_to_the_forward():

@@ -12,12 +12,15 @@ from graphrewrite.datasets import Dataset
 from graphrewrite.training import Budget, Learner, steps_of, train
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options of all scripts."""
+def arguments(description: str | None, *, seed: bool = False) -> argparse.ArgumentParser:
+    """The options of all scripts; `seed` for those whose other seeds have files of their own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of data sets; default: the environment variable GRAPHREWRITE_DATA")
     parser.add_argument("--quick", action="store_true", help="a short trial; writes to results/quick")
     parser.add_argument("--resume", action="store_true", help="keep the rows that an interrupted run has written")
+    if seed:
+        text = "of weights, batches and feedback; another one than 0 writes a file of its own, *_seed<N>"
+        parser.add_argument("--seed", type=int, default=0, help=text)
     return parser
 
 
@@ -28,7 +31,8 @@ def shorten(given: argparse.Namespace, **options: Any) -> None:
 
 
 def named(name: str, given: argparse.Namespace) -> str:
-    """The result file: trials do not touch those that are kept."""
+    """The result file: trials do not touch those that are kept, and other seeds have their own."""
+    name = f"{name}_seed{given.seed}" if getattr(given, "seed", 0) else name
     return f"quick/{name}" if given.quick else name
 
 
@@ -57,4 +61,4 @@ def having(rows: list[dict[str, Any]], **entries: Any) -> dict[str, Any] | None:
 
 def without(given: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The setting that a result file states: the options, without those that do not change what is measured."""
-    return {key: held for key, held in vars(given).items() if key not in ("data", "quick", "resume", *names)}
+    return {key: held for key, held in vars(given).items() if key not in ("data", "quick", "resume", "seed", *names)}

@@ -116,13 +116,12 @@ def row(net: str, one: Learner, reference: Learner) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, seed=True)
     parser.add_argument("--small", action="store_true", help="6,000 training and 2,000 test images")
     parser.add_argument("--samples", type=int, default=MNIST, help="training images")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--nets", default="mlp,lenet")
     parser.add_argument("--rules", nargs="+", default=[], help="only these, bp first; default: all")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     shorten(given, small=False, samples=640, epochs=1)

@@ -95,7 +95,7 @@ def step_of(one: Learner, example: Split) -> Any:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, seed=True)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=2, help="hidden layers")
@@ -108,14 +108,14 @@ def main() -> None:
     given = parser.parse_args()
     shorten(given, samples=256, epochs=1)
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(given.seed)
     # that few directions are drawn for many weights is what is measured here
     warnings.filterwarnings("ignore", message=".*the predicted variance.*|.*times the squared gradient.*")
     data = data_of(given.data, given.samples, given.tune)
     sizes = [196, *[given.width] * given.hidden]
     layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Linear(given.width, 10))
-    budget = Budget(epochs=given.epochs, batch=given.batch, rate=given.rate)
+    budget = Budget(epochs=given.epochs, batch=given.batch, rate=given.rate, seed=given.seed)
     example = Split(data.train.x[: given.batch], data.train.y[: given.batch])
     learners = side_by_side(model, [text.partition("@")[0] for text in given.rules], example, budget, blocks="layers")
     for one, text in zip(learners, given.rules, strict=True):

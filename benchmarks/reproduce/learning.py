@@ -93,7 +93,7 @@ def run(name: str, given: argparse.Namespace, setting: Setting, data: Dataset) -
     if published:
         learner.optimizer = published_optimizer(learner)
     started = time.perf_counter()
-    trained(f"{named(file_of(given), given)}_{name}_{given.seed}", [learner], data, budget, report(learner, started))
+    trained(f"{named(file_of(given), given)}_{name}", [learner], data, budget, report(learner, started))
     return {
         "setting": given.setting,
         "rule": learner.rule,
@@ -137,7 +137,7 @@ def file_of(given: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, seed=True)
     parser.add_argument("--setting", choices=SETTINGS, default="small")
     parser.add_argument("--rules", default="bp,dfa,ff", help="names or text forms, commas between")
     parser.add_argument("--epochs", type=int)
@@ -145,7 +145,6 @@ def main() -> None:
     parser.add_argument("--width", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     held = SETTINGS[given.setting]

@@ -43,7 +43,7 @@ def tuned(model: nn.Module, rules: list[str], data: Dataset, rates: list[float],
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, seed=True)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=3, help="hidden layers")
@@ -58,7 +58,7 @@ def main() -> None:
     given = parser.parse_args()
     shorten(given, epochs=1, tune_epochs=1, samples=1000, rates=given.rates[:1])
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(given.seed)
     data = datasets.mnist(given.data).flat()
     held_out = take(data.train, torch.arange(60_000 - HELD_OUT, 60_000))
     data = data._replace(train=take(data.train, torch.arange(min(given.samples, 60_000 - HELD_OUT))))
@@ -69,8 +69,8 @@ def main() -> None:
     layers = [nn.Sequential(nn.Linear(a, b), norm(b), activation()) for a, b in itertools.pairwise(sizes)]
     model = nn.Sequential(*layers, nn.Linear(given.width, 10))
     screen = Dataset(take(data.train, torch.arange(min(10_000, given.samples))), held_out)
-    rates = tuned(model, given.rules, screen, given.rates, Budget(given.tune_epochs, given.batch))
-    budget = Budget(epochs=given.epochs, batch=given.batch, rates=rates)
+    rates = tuned(model, given.rules, screen, given.rates, Budget(given.tune_epochs, given.batch, seed=given.seed))
+    budget = Budget(epochs=given.epochs, batch=given.batch, rates=rates, seed=given.seed)
     example = Split(data.train.x[: given.batch], data.train.y[: given.batch])
     learners = side_by_side(model, given.rules, example, budget)
     trained(named(given.name, given), learners, data, budget)

@@ -80,17 +80,17 @@ class Sensitivity:
                     env[node] = self._run(node, env)
         return env
 
-    def error(self, changed: dict[fx.Node, torch.Tensor], values: dict[fx.Node, SavedValue]) -> float:
+    def error(self, changed: dict[fx.Node, torch.Tensor], encoded: Iterable[SavedValue] = ()) -> float:
         """Relative error of all gradients together when the backward reads `changed` in the place of saved values.
 
-        Operators that only compare a value keep reading the exact one, as they do when it is encoded.
+        Operators that only compare an encoded value read an exact mask beside the code. Of one that is recomputed they
+        read the changed numbers.
         """
         spared: dict[fx.Node, set[fx.Node]] = {}
-        for node in changed:
-            readings = values[node].readings if node in values else ()
-            for one in readings:
+        for saved in encoded:
+            for one in saved.readings:
                 if one.demand in (Demand.SIGN, Demand.SHAPE):
-                    spared.setdefault(one.reader, set()).update((node, *views_of(node)))
+                    spared.setdefault(one.reader, set()).update((saved.node, *views_of(saved.node)))
         found = self._backward(self._with_views(changed), spared)
         if self._norm == 0:
             return 0.0

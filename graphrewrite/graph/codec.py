@@ -62,6 +62,7 @@ class SavedCodec(ABC):
         dtypes: What it stores.
         positional: Whether dimensions mean something to it; else it gets the elements in the order of the memory.
         on_host: Whether it stores in the memory of the CPU what lies on a device.
+        passes: How often encoding and decoding together move the value, operator by operator; for predictions of time.
         how: `"encode"`: `encode` and `decode` are spliced in; `"recompute"`: the value is computed again;
             `"keep"`: it stays as it is.
     """
@@ -79,6 +80,7 @@ class SavedCodec(ABC):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
     positional: ClassVar[bool] = False
     on_host: ClassVar[bool] = False
+    passes: ClassVar[float] = 16.0
     how: ClassVar[Literal["encode", "recompute", "keep"]] = "encode"
 
     @abstractmethod

@@ -93,6 +93,7 @@ class Context:
         example: Example values of a graph's placeholders, for passes that measure; None while no pass runs.
         bp_bytes: What backpropagation saves between forward and backward; None where this graph is backpropagation.
         coder: What encodes and decodes in the place of a codec, to the same bits: a backend's kernels.
+        fuses: Whether the backend computes neighbouring element-wise operators in one pass over the memory.
         stand_ins: Functions of passes and rules whose work a backend has one operator for -> what calls it instead.
     """
 
@@ -105,6 +106,7 @@ class Context:
     example: Callable[[Any], list[Any]] | None = None
     bp_bytes: int | None = None
     coder: Callable[[Any], Any] | None = None
+    fuses: bool = False
     stand_ins: Mapping[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
 
     def form(self, steps: Callable[..., Any]) -> Callable[..., Any]:

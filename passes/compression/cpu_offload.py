@@ -26,6 +26,7 @@ class CpuOffload(SavedCodec):
     exact = True
     dtypes = (*FLOATS, torch.bool, torch.int64, torch.int32, torch.uint8)
     on_host = True
+    passes = 60.0
 
     def bits_per_element(self, dtype: torch.dtype) -> float:
         """None on the device."""

@@ -34,6 +34,7 @@ class Mask(SavedCodec):
     paper = "ActNN (Chen et al., 2021), Tempo (Andoorveedu et al., 2022)"
     error = "none: gradients are bitwise the same"
     exact = True
+    passes = 4.0
     dtypes = (*FLOATS, torch.bool, torch.int64)
 
     def bits_per_element(self, dtype: torch.dtype) -> float:

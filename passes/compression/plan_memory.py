@@ -19,12 +19,12 @@ from torch import fx
 
 from graphrewrite import textform
 from graphrewrite.analysis.cost import flops
-from graphrewrite.analysis.demands import SavedValue, saved_values
+from graphrewrite.analysis.demands import Demand, SavedValue, saved_values
 from graphrewrite.analysis.recomputation import repeatable
 from graphrewrite.analysis.sensitivity import Sensitivity
 from graphrewrite.errors import RuleError, VerifyError
 from graphrewrite.graph.aliasing import base_of, views_of
-from graphrewrite.graph.codec import Declined
+from graphrewrite.graph.codec import Declined, SavedCodec
 from graphrewrite.graph.joint import JointGraph
 from graphrewrite.graph.nodes import (
     LOSS_BLOCK,
@@ -41,10 +41,23 @@ from graphrewrite.graph.partition import partition
 from graphrewrite.graph.text import Names
 from graphrewrite.pipeline import Pass, PassResult
 
-FLOPS_PER_BYTE = 10.0
-"""Operations that a machine does while it moves one byte, for the prediction of time."""
-CODEC_PASSES, MASK_PASSES, HOST_PASSES = 16.0, 4.0, 60.0
-"""How often encoding and decoding move the bytes of a value."""
+
+@dataclass(frozen=True)
+class Speed:
+    """Floating-point operations that a machine does while it moves one byte, for the prediction of time.
+
+    Attributes:
+        operator: A byte that an operator reads or writes.
+        codec: A byte of a value in one of its codec's passes.
+    """
+
+    operator: float
+    codec: float
+
+
+EAGER, FUSED = Speed(10.0, 10.0), Speed(2.0, 0.75)
+"""Operator by operator, and with neighbours fused into one loop: measured on a CPU."""
+
 ROUNDS = 4
 """How often a plan is made anew because its error, measured with everything changed at once, was above the limit."""
 DEPTH = 8
@@ -75,7 +88,16 @@ class PlanMemory(Pass):
     """
 
     budget: float = 1.0
-    codecs: tuple[Any, ...] = ("mask", "recompute", "cpu_offload", "bf16", "int8", "int4", "int2")
+    codecs: tuple[Any, ...] = (
+        "mask",
+        "recompute",
+        "cpu_offload",
+        "bf16",
+        "int8",
+        "int8{symmetric=true,group=64}",
+        "int4",
+        "int2",
+    )
     error: float = 0.01
     time_limit: float = 10.0
 
@@ -213,7 +235,8 @@ class PlanMemory(Pass):
         free = repeatable(graph)
         copied = {graph.inputs[spec]: size for spec, size in _overwritten(graph).items()}
         position = {node: i for i, node in enumerate(graph.nodes)}
-        step = sum(_work(n) for n in graph.nodes if n.op == "call_function") or 1.0
+        speed = FUSED if graph.context.fuses else EAGER
+        step = sum(_work(n, speed) for n in graph.nodes if n.op == "call_function") or 1.0
         found = []
         for v in values:
             if v.closed:
@@ -227,7 +250,7 @@ class PlanMemory(Pass):
                         continue
                     candidate.chain = sorted(chain[0], key=position.__getitem__)
                     candidate.frontier = sorted(chain[1], key=position.__getitem__)
-                    time = sum(_work(n) for n in candidate.chain) / step
+                    time = sum(_work(n, speed) for n in candidate.chain) / step
                     read = {s for n in candidate.chain for s in n.all_input_nodes}
                     held = sum(size for node, size in copied.items() if node in read)
                     candidate.choices.append(Choice(codec, text, held, time=time))
@@ -235,10 +258,11 @@ class PlanMemory(Pass):
                 chosen = fit(codec, v)
                 if isinstance(chosen, Declined) or getattr(chosen, "how", "encode") == "keep":
                     continue
-                host, exact = getattr(chosen, "on_host", False), getattr(chosen, "exact", False)
-                moved = v.nbytes * (HOST_PASSES if host else MASK_PASSES if exact else CODEC_PASSES)
+                host = getattr(chosen, "on_host", False)
                 size = 0 if host else saved_with_signs(v, chosen)
-                candidate.choices.append(Choice(chosen, text, size, time=moved * FLOPS_PER_BYTE / step))
+                # nothing fuses with a copy to another memory
+                moved = v.nbytes * getattr(chosen, "passes", SavedCodec.passes) * (EAGER if host else speed).codec
+                candidate.choices.append(Choice(chosen, text, size, time=moved / step))
             found.append(candidate)
         by_node = {c.saved.node: c for c in found}
         for candidate in found:
@@ -266,25 +290,25 @@ class _Errors:
         assert graph.context.example is not None
         self._run = Sensitivity(graph, graph.context.example(graph))
         self._candidates = candidates
-        self._values = {c.saved.node: c.saved for c in candidates}
         self._index = {c.saved.node: i for i, c in enumerate(candidates)}
-        self._weights: dict[int, float] = {}
-        """Gradient error for a change of a value of norm one."""
+        self._weights: dict[tuple[int, bool], float] = {}
+        """Gradient error for a change of norm one of a value, encoded or recomputed."""
         self.pairs = [pair for i in range(len(candidates)) for pair in self._choices(i)]
 
     def of(self, chosen: Sequence[int]) -> float:
         """The error of a plan, everything changed at once."""
         changed: dict[fx.Node, torch.Tensor] = {}
-        again = []
+        again, encoded = [], []
         for c, j in zip(self._candidates, chosen, strict=True):
             choice = c.choices[j]
             if choice.codec is not None and choice.lossy:
                 changed[c.saved.node] = self._run.round_trip(c.saved, choice.codec)
+                encoded.append(c.saved)
             elif j == c.recompute:
                 again.append(c)
         env = self._run.again(sorted({n for c in again for n in c.chain}), changed)
         changed.update({c.saved.node: env[c.saved.node] for c in again})
-        return self._run.error(changed, self._values)
+        return self._run.error(changed, encoded)
 
     def _choices(self, k: int) -> list[Pair]:
         """Fill in the errors of a value's lossy choices; returns what those bring to what is recomputed from it.
@@ -315,15 +339,20 @@ class _Errors:
             if not env[node].is_floating_point():
                 continue
             norm = float((env[node] - self._run.number(node)).to(torch.float64).norm())
-            harm = (self._weight(i, norm, env[node]) * norm / UNIT) ** 2
-            pairs.append(Pair(i, k, over, {j: harm * (one / norms[coarsest]) ** 2 for j, one in norms.items()}))
+            harm = (self._weight(i, norm, env[node], again=True) * norm / UNIT) ** 2
+            # as many comparisons change as numbers are near the constant: their error grows with the root of the change
+            power = 1 if self._compared(i) else 2
+            pairs.append(Pair(i, k, over, {j: harm * (one / norms[coarsest]) ** power for j, one in norms.items()}))
         return pairs
 
-    def _weight(self, i: int, norm: float, changed: torch.Tensor) -> float:
-        if i not in self._weights and norm:
-            node = self._candidates[i].saved.node
-            self._weights[i] = self._run.error({node: changed}, self._values) / norm
-        return self._weights.get(i, 0.0)
+    def _weight(self, i: int, norm: float, changed: torch.Tensor, *, again: bool = False) -> float:
+        saved, key = self._candidates[i].saved, (i, again and self._compared(i))
+        if key not in self._weights and norm:
+            self._weights[key] = self._run.error({saved.node: changed}, () if key[1] else (saved,)) / norm
+        return self._weights.get(key, 0.0)
+
+    def _compared(self, i: int) -> bool:
+        return any(one.demand is Demand.SIGN for one in self._candidates[i].saved.readings)
 
 
 def _recomputed_from(
@@ -393,9 +422,9 @@ def _chain(node: fx.Node, stored: set[fx.Node], free: set[fx.Node]) -> tuple[set
     return chain, frontier
 
 
-def _work(node: fx.Node) -> float:
+def _work(node: fx.Node, speed: Speed) -> float:
     """Operations of a node, with the bytes that it writes and reads counted as operations."""
     if not isinstance(value(node), (torch.Tensor, tuple, list)):
         return 0.0
     moved = nbytes(value(node)) + sum(nbytes(value(s)) for s in node.all_input_nodes)
-    return flops(node) + FLOPS_PER_BYTE * moved
+    return flops(node) + speed.operator * moved

@@ -49,7 +49,16 @@ class VeLoRA(SavedCodec):
         return 8 * dtype.itemsize * self.rank * self.groups / 1024
 
     def encode(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Coefficients and directions."""
+        """Coefficients and directions.
+
+        Raises:
+            RuleError: The features do not split into the groups; `fit` declines such values.
+        """
+        if tensor.dim() == 0 or tensor.shape[-1] % self.groups:
+            raise RuleError(
+                f"velora: a tensor of shape {tuple(tensor.shape)} does not split into groups={self.groups}",
+                remedy="choose groups that divide the last dimension",
+            )
         rows = tensor.reshape(-1, tensor.shape[-1] // self.groups).to(work_dtype(tensor.dtype))
         if self.rank > 1:
             basis = leading_directions(rows, self.rank, 2)

@@ -24,6 +24,7 @@ from graphrewrite.graph.nodes import (
     NodeInfo,
     Param,
     Role,
+    ancestors,
     fix,
     info,
     is_float,
@@ -129,7 +130,7 @@ class _Part:
                 if source not in mapping and source.op == "placeholder":
                     mapping[source] = self._fresh(graph, source, prefix, statistics)
         updates = {spec.name: node for spec, node in graph.outputs.items() if isinstance(spec, BufferUpdate)}
-        order = list(self.nodes)
+        order = [*self._constants(graph, block), *self.nodes]
         inside = set(order)
         for node in updates.values():
             mine = node.op == "call_function" and info(node).block == self.block and node not in inside
@@ -146,6 +147,20 @@ class _Part:
             if new is not None and new in mapping:
                 graph.update_state(name, lambda _old, new: new, [mapping[new]])
         return mapping[self.exit]
+
+    def _constants(self, graph: JointGraph, block: str) -> list[fx.Node]:
+        """What the block reads that hangs on no activation (a causal mask), computed behind `block`: copied, too."""
+        backward = graph.backward
+        assert backward is not None
+        position = {one.name: i for i, one in enumerate(graph.blocks)}
+        inside = set(self.nodes)
+        found: set[fx.Node] = set()
+        for source in {s for node in self.nodes for s in node.all_input_nodes} - inside - {self.entry}:
+            computed = {n for n in ancestors([source]) if n.op == "call_function"}
+            if not any(map(backward.requires_grad, computed)):
+                behind = {n for n in computed if position.get(info(n).block, -1) > position[block]}
+                found |= {n for n in behind if isinstance(value(n), torch.Tensor)}
+        return [n for n in graph.forward_nodes() if n in found]
 
     @staticmethod
     def _fresh(graph: JointGraph, source: fx.Node, prefix: str, statistics: dict[fx.Node, str]) -> fx.Node:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from graphrewrite.backends.triton.kernels._tuning import tuned
-from graphrewrite.backends.triton.kernels.casting import cast, to_bfloat16
+from graphrewrite.backends.triton.kernels.casting import cast
 from graphrewrite.backends.triton.kernels.random import bits_at, interleave, to_uniform, words
 from graphrewrite.backends.triton.kernels.rotation import rotate
 
@@ -13,9 +13,9 @@ _CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in
 @triton.jit
 def _up(number):
     """Rounded to bfloat16, never smaller."""
-    near = to_bfloat16(number).to(tl.float32)
-    above = to_bfloat16(number + tl.abs(number) * 0.015625).to(tl.float32)
-    return tl.where(near >= number, near, above)
+    bits = number.to(tl.int32, bitcast=True)
+    up = (tl.where(bits < 0, bits, bits + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    return tl.where(number == number, up, number)
 
 
 @triton.jit
