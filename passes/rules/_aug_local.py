@@ -158,7 +158,7 @@ class _Part:
         for source in {s for node in self.nodes for s in node.all_input_nodes} - inside - {self.entry}:
             computed = {n for n in ancestors([source]) if n.op == "call_function"}
             if not any(map(backward.requires_grad, computed)):
-                behind = {n for n in computed if position.get(info(n).block, -1) > position[block]}
+                behind = {n for n in computed if position.get(info(n).block, -1) > position.get(block, -1)}
                 found |= {n for n in behind if isinstance(value(n), torch.Tensor)}
         return [n for n in graph.forward_nodes() if n in found]
 
