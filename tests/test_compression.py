@@ -704,7 +704,7 @@ def peaks(name, budgets):
 DOWN_TO = {
     "mlp": 0.07,
     "lenet": 0.07,
-    "resnet": 0.07,
+    "resnet": 0.15,
     "vit": 0.07,
     "cnn": 0.1,
     "gpt": 0.1,
