@@ -167,9 +167,9 @@ class FewestBytes(PlanMemory):
     """The plan that saves least with at most so many floating-point operations done twice, and so much error."""
 
     again: int = 0
+    peak: bool = False
 
     name = "fewest_bytes"
-    each_block = False
 
     def choose(self, graph: JointGraph, candidates: list[Candidate], budget: int) -> list[int]:
         """Bisection over the budget of bytes."""

@@ -106,13 +106,12 @@ def test_scales_are_rounded_outwards_to_the_next_bfloat16():
     assert round_up(odd, torch.bfloat16).isnan().all()
 
 
-@pytest.mark.parametrize("name", ["int8", "int4{symmetric=true,group=16}", "fp8", "hadamard", "lloyd"])
-@pytest.mark.parametrize("kind", ["normal", "offset"])
-def test_the_bound_holds_in_fused_code(name, kind):
+@pytest.mark.parametrize("name", ["int8", "int4{symmetric=true,group=16}", "fp8", "hadamard"])
+def test_the_bound_holds_in_fused_code(name):
     """Inductor drops casts to bfloat16 and back: a minimum above its group clipped everything."""
     codec = textform.build("codec", name)
     torch.manual_seed(0)
-    x = torch.randn(16, 40) if kind == "normal" else 100.3 + 0.1 * torch.rand(16, 40)
+    x = 100.3 + 0.1 * torch.rand(16, 40)
     torch.compiler.reset()
     stored = torch.compile(lambda x: encode(codec, x), dynamic=False)(x)
     torch.testing.assert_close(codec.decode(stored, x), codec.decode(encode(codec, x), x), rtol=1e-5, atol=1e-5)

@@ -85,6 +85,9 @@ class PlanMemory(Pass):
         codecs: Codecs to choose from; exact ones cost no error.
         error: Relative error of all gradients together that is not exceeded if the budget allows it.
         time_limit: Seconds after which the solver returns the best plan it has.
+        peak: Whether plans avoid what raises the peak: a block that recomputes from what another one reads, and values
+            that are recomputed long before they are read. What several blocks recompute runs for each of them then.
+            Without, fewer operations run twice.
     """
 
     budget: float = 1.0
@@ -100,12 +103,11 @@ class PlanMemory(Pass):
     )
     error: float = 0.01
     time_limit: float = 10.0
+    peak: bool = True
 
     name = "plan_memory"
     level = "aten"
     summary = "choose per saved value among keep, mask, codec, recompute and offload, under a budget"
-    each_block = True
-    """Whether what several blocks recompute runs for each of them: a lower peak, but more operations."""
 
     @property
     def relative(self) -> bool:
@@ -128,7 +130,7 @@ class PlanMemory(Pass):
         names = Names(graph)
         candidates = self._candidates(graph, values)
         rest = total - sum(c.saved.nbytes for c in candidates)
-        lowest = rest + bytes_of(candidates, self._choose(Problem(candidates, -1)))
+        lowest = rest + bytes_of(candidates, self._first([Problem(candidates, -1)], None))
         if lowest > limit:
             raise RuleError(
                 f"memory_budget={self.budget} allows {limit:,} bytes, but the lowest feasible is {lowest:,} bytes "
@@ -150,7 +152,7 @@ class PlanMemory(Pass):
             elif choice.codec is not None:
                 encoded.append((candidate, choice))
         if again:
-            graph.recompute(set(again), each_block=self.each_block)
+            graph.recompute(set(again), each_block=self.peak)
         by_node = {v.node: v for v in saved_values(graph)} if again else {v.node: v for v in values}
         for candidate, choice in encoded:
             # recomputation may have added readers
@@ -167,12 +169,15 @@ class PlanMemory(Pass):
     def choose(self, graph: JointGraph, candidates: list[Candidate], budget: int) -> list[int]:
         """The plan: the number of each candidate's choice.
 
-        If the budget allows it, one in which no block recomputes from what another block reads: chains through several
-        blocks run once for each of them. Within a block, what is recomputed on the way to a value that is read sooner
-        lives until its own reader: the more of that, the higher the peak.
+        With `peak`, if the budget allows it, one in which no block recomputes from what another block reads: chains
+        through several blocks run once for each of them. Within a block, what is recomputed on the way to a value that
+        is read sooner lives until its own reader: the more of that, the higher the peak.
         """
         kept = sum(c.saved.nbytes for c in candidates)
         errors = _Errors(graph, candidates) if kept > budget and any(c.lossy for c in candidates) else None
+        caused = errors.pairs if errors else []
+        if not self.peak:
+            return self._first([Problem(candidates, budget, caused)], errors)
         index = {c.saved.node: i for i, c in enumerate(candidates)}
         first = [min(r.reader for r in c.saved.readings) for c in candidates]
         turn = {reader: i for i, reader in enumerate(sorted(set(first)))}
@@ -195,21 +200,21 @@ class PlanMemory(Pass):
             for i, over in _recomputed_from(candidates, index, k).items()
             if read_in[i] == read_in[k] and turn[first[i]] + 1 < turn[first[k]]
         ]
-        pairs = [*(errors.pairs if errors else ()), *inside]
-        problems = Problem(candidates, budget, pairs, apart), Problem(candidates, budget, [*pairs, *held])
+        pairs = [*caused, *inside]
+        problems = [Problem(candidates, budget, pairs, apart), Problem(candidates, budget, [*pairs, *held])]
+        return self._first(problems, errors)
+
+    def _first(self, problems: Sequence[Problem], errors: _Errors | None) -> list[int]:
+        """A plan of the first problem that has one that errs little enough; else the one that errs least."""
         if errors is None:
-            return solve(problems[0], self.time_limit) or self._choose(problems[1])
-        plans = []
+            found = (solve(problem, self.time_limit) for problem in problems)
+            return next(plan for plan in found if plan is not None)
+        plans: list[tuple[float, list[int]]] = []
         for problem in problems:
             plans += self._with_errors(problem, errors)
             if plans and plans[-1][0] <= self.error:
                 return plans[-1][1]
         return min(plans)[1]
-
-    def _choose(self, problem: Problem) -> list[int]:
-        found = solve(problem, self.time_limit)
-        assert found is not None
-        return found
 
     def _with_errors(self, problem: Problem, errors: _Errors) -> list[tuple[float, list[int]]]:
         """Plans and what they are measured to err; the last is below the limit, or meant to err as little as it can."""
